@@ -1,0 +1,85 @@
+// What the CPU kernels take, and the table of them that each instruction set fills.
+//
+// Kernels are torch-free functions over a range of work units, so that the caller owns threading.
+// Results do not depend on how the range is cut.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../numeric.h"
+
+// AVX2 and AVX-512 beside the portable kernels, in one build and without -march.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FLATKERN_MULTI_ISA
+#endif
+
+namespace flatkern::cpu {
+
+// A range of global coordinates: the noise's address space.
+struct Window {
+  NoiseKey key;
+  int64_t rows, cols;
+  uint64_t row_offset, col_offset;
+};
+
+struct NoiseArgs {
+  Window window;
+  void* out;  // float [rows, cols], or int64 for the raw words
+};
+
+struct PerturbArgs {
+  Window window;
+  const void* weight;
+  void* out;  // may be weight itself
+  Dtype weight_dtype, out_dtype;
+  int64_t weight_stride, out_stride;  // between rows, in elements; columns are adjacent
+  const float* row_scale;
+  bool elementwise;
+};
+
+struct RowNormArgs {
+  int64_t rows, cols, rank;
+  const void* weight;
+  Dtype weight_dtype;
+  int64_t weight_stride;
+  const float* lora_A;    // [rank, lora_A_stride], zeros past cols
+  int64_t lora_A_stride;  // cols rounded up to kNormLanes
+  const float* lora_B;    // [rows, rank], times scaling
+  float* norm;            // [rows]
+};
+
+struct PerturbMergedArgs {
+  PerturbArgs perturb;   // row_scale unused
+  RowNormArgs row_norm;  // norm becomes the row scale
+  float relative_scale;  // sigma / sqrt(n)
+};
+
+// Elementwise kernels take units of (row, block of kBlockCols columns); row kernels take rows.
+constexpr int64_t kBlockCols = 4096;
+
+// Squares are summed in this many float lanes whatever the vector width, so that every width
+// gives the same bits, and moved on to float64 now and then.
+constexpr int kNormLanes = 16;
+
+inline int64_t blocks_per_row(int64_t cols) { return (cols + kBlockCols - 1) / kBlockCols; }
+
+struct Kernels {
+  const char* name;
+  void (*philox_bits)(const NoiseArgs&, int64_t begin, int64_t end);
+  void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
+  void (*perturb)(const PerturbArgs&, int64_t begin, int64_t end);
+  void (*restore)(const PerturbArgs&, int64_t begin, int64_t end);
+  void (*row_norm)(const RowNormArgs&, int64_t begin, int64_t end);
+  void (*perturb_merged)(const PerturbMergedArgs&, int64_t begin, int64_t end);
+};
+
+// The table for one instruction set, or null where it was not compiled.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The widest that this processor runs, chosen once; FLATKERN_CPU_ISA names a narrower one.
+const Kernels& kernels();
+
+}  // namespace flatkern::cpu

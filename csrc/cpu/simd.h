@@ -1,0 +1,166 @@
+// Vectors of the width that the including file's instruction set has. Included by isa_*.cpp alone,
+// after FLATKERN_ISA (a namespace) and FLATKERN_VECTOR_BYTES are set and the target is switched.
+//
+// Plain vector extensions but for the few operations that compilers miss. No operation here is
+// contracted or approximated, so every width gives the same bits.
+
+namespace flatkern::cpu::FLATKERN_ISA {
+
+constexpr int kLanes = FLATKERN_VECTOR_BYTES / 4;
+// One step of the noise: kLanes / 2 Philox calls fill two vectors of adjacent columns.
+constexpr int kStep = 2 * kLanes;
+
+typedef float VFloat __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
+typedef uint32_t VUint __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
+typedef int32_t VInt __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
+typedef uint64_t VUint64 __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
+typedef uint16_t VHalf __attribute__((vector_size(FLATKERN_VECTOR_BYTES / 2)));
+
+#define FLATKERN_INLINE static inline __attribute__((always_inline))
+
+template <class V, class T>
+FLATKERN_INLINE V load_vector(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+FLATKERN_INLINE void store_vector(T* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// Products of the low halves of 64-bit lanes. Compilers pick a full 64-bit multiply instead.
+FLATKERN_INLINE VUint64 multiply_low(VUint64 a, VUint64 b) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return (VUint64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  return (VUint64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (VUint64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+// a b + c, fused where the instruction set has it.
+FLATKERN_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return (VFloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  return (VFloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+FLATKERN_INLINE VFloat square_root(VFloat a) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return (VFloat)_mm512_sqrt_ps((__m512)a);
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  return (VFloat)_mm256_sqrt_ps((__m256)a);
+#elif defined(__x86_64__)
+  return (VFloat)_mm_sqrt_ps((__m128)a);
+#else
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
+
+// uint32 -> float, rounded to nearest: the two halves are exact, their sum is rounded once.
+FLATKERN_INLINE VFloat float_of_uint(VUint a) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return (VFloat)_mm512_cvtepu32_ps((__m512i)a);
+#else
+  const VFloat upper = __builtin_convertvector((VInt)(a >> 16), VFloat);
+  const VFloat lower = __builtin_convertvector((VInt)(a & 0xFFFFu), VFloat);
+  return upper * 65536.0f + lower;
+#endif
+}
+
+// [a0 b0 a1 b1 ...]: first and second half of the interleaved lanes.
+FLATKERN_INLINE void interleave(VFloat a, VFloat b, VFloat& first, VFloat& second) {
+#ifdef __clang__
+#define FLATKERN_SHUFFLE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FLATKERN_SHUFFLE(...) __builtin_shuffle(a, b, VInt{__VA_ARGS__})
+#endif
+#if FLATKERN_VECTOR_BYTES == 64
+  first = FLATKERN_SHUFFLE(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  second = FLATKERN_SHUFFLE(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif FLATKERN_VECTOR_BYTES == 32
+  first = FLATKERN_SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11);
+  second = FLATKERN_SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  first = FLATKERN_SHUFFLE(0, 4, 1, 5);
+  second = FLATKERN_SHUFFLE(2, 6, 3, 7);
+#endif
+#undef FLATKERN_SHUFFLE
+}
+
+FLATKERN_INLINE bool any(VInt mask) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
+FLATKERN_INLINE VFloat absolute(VFloat a) { return (VFloat)((VUint)a & 0x7FFFFFFFu); }
+
+FLATKERN_INLINE VFloat load(const float* p) { return load_vector<VFloat>(p); }
+FLATKERN_INLINE VFloat load(const BFloat16* p) {
+  return (VFloat)(__builtin_convertvector(load_vector<VHalf>(p), VUint) << 16);
+}
+FLATKERN_INLINE VFloat load(const Float16* p) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return (VFloat)_mm512_cvtph_ps((__m256i)load_vector<VHalf>(p));
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  return (VFloat)_mm256_cvtph_ps((__m128i)load_vector<VHalf>(p));
+#else
+  VFloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// Finite values alone; kernels send the others through numeric.h, one by one.
+FLATKERN_INLINE void store(float* p, VFloat v) { store_vector(p, v); }
+FLATKERN_INLINE void store(BFloat16* p, VFloat v) {
+  const VUint bits = (VUint)v;
+  const VUint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  store_vector(p, __builtin_convertvector(rounded, VHalf));
+}
+FLATKERN_INLINE void store(Float16* p, VFloat v) {
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  store_vector(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  store_vector(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = round_to<Float16>(v[i]);
+#endif
+}
+
+// The first magnitude that rounds to infinity.
+FLATKERN_INLINE float overflow_of(const float*) { return __builtin_inff(); }
+FLATKERN_INLINE float overflow_of(const BFloat16*) { return 0x1.FFp127f; }
+FLATKERN_INLINE float overflow_of(const Float16*) { return 65520.0f; }
+
+// The noise may not depend on torch.set_flush_denormal: denormals are kept while a kernel runs.
+class KeepDenormals {
+#if defined(__x86_64__)
+ public:
+  KeepDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~KeepDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace flatkern::cpu::FLATKERN_ISA

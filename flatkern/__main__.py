@@ -1,0 +1,7 @@
+"""`python -m flatkern`."""
+
+import sys
+
+from flatkern.cli import main
+
+sys.exit(main())

@@ -1,0 +1,140 @@
+"""Which implementations are usable here, and which one an op takes.
+
+Four implementations carry one meaning: `cuda` and `cpu` (C++, in `flatkern._C`), `triton`, and
+`reference` (plain PyTorch). Under `auto` a tensor's device and dtype choose; a backend that is
+named, by `with backend(name)` or by the environment variable FLATKERN_BACKEND, never falls back.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from flatkern._version import __version__
+
+# Order of preference under `auto`, by device type; reference serves every device.
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+NAMES = ("cuda", "cpu", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Process-wide on purpose: backward runs on autograd's own threads and must see the same choice.
+_named: str = os.environ.get("FLATKERN_BACKEND", "auto")
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """Import `flatkern._C`; return it, or None and the reason."""
+    if importlib.util.find_spec("flatkern._C") is None:
+        return None, "flatkern._C was not built: it needs a C++ compiler at installation"
+    try:
+        return importlib.import_module("flatkern._C"), ""
+    except ImportError as error:
+        reason = f"flatkern._C does not load with torch {torch.__version__}: {error}"
+        warnings.warn(
+            f"{reason}. Falling back to pure Python; reinstall flatkern to rebuild it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, reason
+
+
+_C, _why_no_extension = _load_extension()
+
+
+def _why_unusable(name: str) -> str | None:
+    """Why backend `name` cannot run here, or None if it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("flatkern.triton") is None:
+            return "this version has no Triton kernels"
+        return importlib.import_module("flatkern.triton").why_unusable()
+    if _C is None:
+        return _why_no_extension
+    if name == "cuda":
+        if not _C.build_info()["cuda"]:
+            return "flatkern._C was built without CUDA"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+    return None
+
+
+def available_backends(device_type: str = "cpu") -> list[str]:
+    """Names of the backends that can run on tensors of `device_type`, best first."""
+    names = PREFERENCE.get(device_type, ("reference",))
+    return [name for name in names if _why_unusable(name) is None]
+
+
+def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | None = None) -> str:
+    """The backend that an op takes for a tensor of this device type and dtype.
+
+    Args:
+        device_type: `tensor.device.type`.
+        dtype: the weight's dtype; float64 is served by the reference alone.
+        named: a backend to take instead of the current choice.
+
+    Raises:
+        RuntimeError: the named backend is not usable here.
+        ValueError: the named backend is unknown, or does not serve this device or dtype.
+    """
+    name = named or _named
+    if name == "auto":
+        if dtype not in KERNEL_DTYPES:
+            return "reference"
+        return available_backends(device_type)[0]
+    _require_usable(name)
+    if name not in PREFERENCE.get(device_type, ("reference",)):
+        raise ValueError(
+            f"backend {name!r} does not serve {device_type} tensors; "
+            f"accepted here: {', '.join(available_backends(device_type))}"
+        )
+    if name != "reference" and dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"backend {name!r} serves float32, bfloat16 and float16 weights, got dtype {dtype}; "
+            "the reference backend serves float64"
+        )
+    return name
+
+
+def _require_usable(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend must be auto, {', '.join(NAMES)}; got {name!r}")
+    reason = _why_unusable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not usable: {reason}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation: `with flatkern.backend("reference"): ...` (process-wide).
+
+    Args:
+        name: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend is not usable here; the message says why.
+    """
+    global _named
+    if name != "auto":
+        _require_usable(name)
+    before, _named = _named, name
+    try:
+        yield
+    finally:
+        _named = before
+
+
+def build_info() -> dict[str, object]:
+    """What is built and usable, and why the rest is not: plain values, printable as they are."""
+    return {
+        "flatkern": __version__,
+        "torch": torch.__version__,
+        "backend": _named,
+        "backends": {name: _why_unusable(name) or "usable" for name in NAMES},
+        "extension": _C.build_info() if _C is not None else _why_no_extension,
+    }

@@ -1,0 +1,32 @@
+"""The address of a noise draw."""
+
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """(seed, step, draw, tensor), each an int in [0, 2^32): the noise of one weight in one draw.
+
+    Raises:
+        TypeError, ValueError: a word that is not an int, or out of range.
+    """
+
+    seed: int
+    step: int = 0
+    draw: int = 0
+    tensor: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            word = getattr(self, field.name)
+            if not isinstance(word, int) or isinstance(word, bool):
+                raise TypeError(f"NoiseKey: {field.name} must be int, got {type(word).__name__}")
+            if not 0 <= word < 2**32:
+                raise ValueError(f"NoiseKey: {field.name} must be in [0, 2**32), got {word}")
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """The int64 [4] tensor that the ops take."""
+        return torch.tensor(astuple(self), dtype=torch.int64, device=device)

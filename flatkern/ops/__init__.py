@@ -1,0 +1,18 @@
+"""The public ops; each is also registered as `torch.ops.flatkern.<name>`."""
+
+from flatkern.ops.noise import noise, philox_bits
+from flatkern.ops.noisy_linear import noisy_linear
+from flatkern.ops.perturb import perturb, perturb_, restore_
+from flatkern.ops.perturb_merged import perturb_merged_
+from flatkern.ops.row_norm import row_norm
+
+__all__ = [
+    "noise",
+    "noisy_linear",
+    "perturb",
+    "perturb_",
+    "perturb_merged_",
+    "philox_bits",
+    "restore_",
+    "row_norm",
+]

@@ -1,0 +1,60 @@
+"""Definition and selection: one schema per op, one selector, four implementations.
+
+`define` gives a schema to `flatkern::op`, where Python selects, and to `flatkern_cpu::op` and
+`flatkern_cuda::op`, for which `flatkern._C` registers kernels. Two implementations under one
+dispatch key would silently replace each other; separate namespaces cannot.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatkern import _backend, reference
+
+_NATIVE = ("cpu", "cuda")
+
+
+def define(name: str, schema: str, *, native: bool = True) -> None:
+    """Define `flatkern::name`; `native` ops get the same schema for the C++ kernels."""
+    namespaces = ["flatkern", *(f"flatkern_{backend}" for backend in _NATIVE if native)]
+    for namespace in namespaces:
+        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def implement(name: str, select: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the selector of `flatkern::name` and what it does on fake tensors."""
+    torch.library.impl(f"flatkern::{name}", "CompositeExplicitAutograd", select)
+    torch.library.register_fake(f"flatkern::{name}", fake)
+
+
+def kernel(op: str, tensor: Tensor, backend: str | None = None) -> Callable[..., Any]:
+    """The implementation of `op` that serves `tensor`'s device and dtype.
+
+    `op` is a plain function name, as in `flatkern.reference`; `perturb_out` is `perturb.out`.
+    """
+    # Keys and other integer tensors stand for float32 results.
+    dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.float32
+    name = _backend.resolve(tensor.device.type, dtype, backend)
+    if name == "reference":
+        return getattr(reference, op)
+    if name == "triton":
+        return getattr(importlib.import_module("flatkern.triton"), op)
+    base, _, overload = op.partition("_out")
+    packet = getattr(getattr(torch.ops, f"flatkern_{name}"), base)
+    return packet.out if op.endswith("_out") else packet.default
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight of any shape as dim0 x rest, without a copy (checked before)."""
+    if weight.dim() == 2:
+        return weight
+    return weight.view(weight.shape[0], -1) if weight.numel() else weight.view(weight.shape[0], 0)
+
+
+def bump_version(tensor: Tensor) -> None:
+    """Tell autograd that `tensor` was written: kernels write behind its back."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
