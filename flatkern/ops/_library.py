@@ -42,9 +42,10 @@ def kernel(op: str, tensor: Tensor, backend: str | None = None) -> Callable[...,
         return getattr(reference, op)
     if name == "triton":
         return getattr(importlib.import_module("flatkern.triton"), op)
-    base, _, overload = op.partition("_out")
-    packet = getattr(getattr(torch.ops, f"flatkern_{name}"), base)
-    return packet.out if op.endswith("_out") else packet.default
+    native = getattr(torch.ops, f"flatkern_{name}")
+    if op == "perturb_out":
+        return native.perturb.out
+    return getattr(native, op).default
 
 
 def as_matrix(weight: Tensor) -> Tensor:

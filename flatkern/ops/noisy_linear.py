@@ -312,7 +312,8 @@ def _backward(ctx, grad):
 
 def _no_second_backward(ctx, grad):
     raise RuntimeError(
-        "noisy_linear: second derivatives are not supported; perturb the weight in place to take them"
+        "noisy_linear: second derivatives are not supported; "
+        "perturb the weight in place to take them"
     )
 
 

@@ -1,0 +1,177 @@
+"""Each op beside what people run today; `make bench` turns the timings into a table.
+
+Providers of one case: flatkern, the published trainer's algorithm, the best eager PyTorch,
+torch.compile of that, and a copy of the same bytes. A correctness gate runs before any timing;
+the providers run twice, in both orders, and the table takes the minimum.
+"""
+
+import math
+
+import pytest
+import torch
+
+import flatkern
+from bench import baselines
+from flatkern import ops
+
+RANK, SCALING, SIGMA, TOKENS = 8, 2.0, 0.05, 512
+ROUNDS, WARMUP = 7, 2
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHAPES = ((4096, 4096), (1024, 1024))
+PROVIDERS = ("flatkern", "published", "eager", "compiled", "copy")
+# (pass, provider) in both orders.
+ORDERS = [(0, name) for name in PROVIDERS] + [(1, name) for name in reversed(PROVIDERS)]
+
+
+class Case:
+    """Inputs of one shape and dtype, and every provider of every op on them."""
+
+    def __init__(self, shape, dtype):
+        generator = torch.Generator().manual_seed(0)
+        rows, cols = shape
+        self.weight = (torch.randn(shape, generator=generator) / math.sqrt(cols)).to(dtype)
+        self.clean = self.weight.clone()
+        self.lora_A = torch.randn(RANK, cols, generator=generator) / math.sqrt(cols)
+        self.lora_B = torch.randn(rows, RANK, generator=generator) * 0.01
+        self.x = torch.randn(TOKENS, cols, generator=generator).to(dtype)
+        self.key = flatkern.NoiseKey(seed=1, step=2, tensor=3).to("cpu")
+        merged = self.weight.double() + SCALING * (self.lora_B.double() @ self.lora_A.double())
+        self.exact_norm = merged.norm(dim=1)
+        self.row_scale = (self.exact_norm * (SIGMA / math.sqrt(cols))).float()
+        self.out = torch.empty_like(self.weight)
+        self.adapters = (self.lora_A, self.lora_B, SCALING)
+
+    def provider(self, op, name):
+        """The function to time, or None where the provider has no such op."""
+        if name == "copy":
+            return lambda: self.out.copy_(self.weight)
+        if name == "compiled":
+            eager = self.provider(op, "eager")
+            return eager and torch.compile(eager, dynamic=False)
+        return getattr(self, f"{op}_{name}", None)
+
+    def noise_flatkern(self):
+        return ops.noise(*self.weight.shape, self.key)
+
+    def noise_eager(self):
+        return torch.randn(self.weight.shape)
+
+    def row_norm_flatkern(self):
+        return ops.row_norm(self.weight, *self.adapters)
+
+    def row_norm_published(self):
+        return baselines.published_row_norm(self.weight, *self.adapters)[:, 0]
+
+    def row_norm_eager(self):
+        return baselines.eager_row_norm(self.weight, *self.adapters)
+
+    def perturb_flatkern(self):
+        ops.perturb_(self.weight, self.row_scale, self.key)
+
+    def perturb_published(self):
+        baselines.published_perturb_(self.weight, *self.adapters, SIGMA, seed=4)
+
+    def perturb_eager(self):
+        baselines.eager_perturb_(self.weight, self.row_scale)
+
+    def restore_flatkern(self):
+        ops.restore_(self.weight, self.row_scale, self.key)
+
+    def restore_published(self):
+        baselines.published_restore_(self.weight, self.exact_norm[:, None].float(), SIGMA, seed=4)
+
+    def perturb_merged_flatkern(self):
+        ops.perturb_merged_(self.weight, *self.adapters, SIGMA, self.key)
+
+    perturb_merged_published = perturb_published
+
+    def perturb_merged_eager(self):
+        baselines.eager_perturb_merged_(self.weight, *self.adapters, SIGMA)
+
+    def _step(self, layer):
+        """Forward and backward with gradients for x and the adapters."""
+        leaves = [t.detach().requires_grad_() for t in (self.x, self.lora_A, self.lora_B)]
+        layer(*leaves).sum().backward()
+        return leaves[0].grad
+
+    def noisy_linear_flatkern(self):
+        return self._step(
+            lambda x, a, b: ops.noisy_linear(
+                x, self.weight, None, a, b, SCALING, self.row_scale, self.key
+            )
+        )
+
+    def noisy_linear_published(self):
+        norm = baselines.published_perturb_(self.weight, *self.adapters, SIGMA, seed=4)
+        grad = self._step(lambda x, a, b: baselines.lora_linear(x, self.weight, a, b, SCALING))
+        baselines.published_restore_(self.weight, norm, SIGMA, seed=4)
+        return grad
+
+    def noisy_linear_eager(self):
+        return self._step(
+            lambda x, a, b: baselines.eager_noisy_linear(
+                x, self.weight, a, b, SCALING, self.row_scale
+            )
+        )
+
+    def noisy_linear_copy(self):
+        """Plain LoRA stands where the copy stands for the others."""
+        return self._step(lambda x, a, b: baselines.lora_linear(x, self.weight, a, b, SCALING))
+
+    def gate(self, op, run):
+        """One run from clean weights must give noise of the right size, or the right norms."""
+        self.weight.copy_(self.clean)
+        result = run()
+        if op == "row_norm":
+            # bfloat16 products in the eager algebra are the loosest of the three.
+            torch.testing.assert_close(result.double(), self.exact_norm, rtol=5e-3, atol=0)
+            return
+        if op == "noise":
+            sample = result
+        elif op == "noisy_linear":
+            assert torch.isfinite(result).all()
+            return
+        else:
+            sample = (self.weight.float() - self.clean.float()) / self.row_scale[:, None]
+        assert abs(sample.mean()) < 0.01
+        assert abs(sample.std() - 1) < 0.02
+        self.weight.copy_(self.clean)
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def case(request, shape):
+    return Case(shape, DTYPES[request.param])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: f"{order[1]}-{order[0]}")
+@pytest.mark.parametrize(
+    "op", ["noise", "row_norm", "perturb", "restore", "perturb_merged", "noisy_linear"]
+)
+def test_op(benchmark, case, op, order):
+    name = order[1]
+    run = case.provider(op, name)
+    if op == "noisy_linear" and name == "copy":
+        run = case.noisy_linear_copy
+    if run is None:
+        pytest.skip(f"{name} has no {op} of its own")
+    if op == "noise" and case.weight.dtype != torch.float32:
+        pytest.skip("noise is float32 whatever the weight")
+    if name != "copy":
+        case.gate(op, run)
+    rows, cols = case.weight.shape
+    dtype = str(case.weight.dtype).removeprefix("torch.")
+    benchmark.extra_info |= {
+        "op": op,
+        "shape": f"{rows}x{cols}",
+        "dtype": dtype,
+        "provider": "lora" if op == "noisy_linear" and name == "copy" else name,
+        # Read once, and written once by the ops that write.
+        "bytes": case.weight.nbytes * (1 if op in ("noise", "row_norm") else 2),
+    }
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARMUP)
+    case.weight.copy_(case.clean)
