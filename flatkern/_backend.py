@@ -6,6 +6,7 @@ named, by `with backend(name)` or by the environment variable FLATKERN_BACKEND, 
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -45,6 +46,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 _C, _why_no_extension = _load_extension()
 
 
+@functools.cache
 def _why_unusable(name: str) -> str | None:
     """Why backend `name` cannot run here, or None if it can."""
     if name == "reference":
@@ -85,7 +87,10 @@ def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | N
     if name == "auto":
         if dtype not in KERNEL_DTYPES:
             return "reference"
-        return available_backends(device_type)[0]
+        name = available_backends(device_type)[0]
+        if name == "reference":
+            _say_once_that_it_is_slow(device_type)
+        return name
     _require_usable(name)
     if name not in PREFERENCE.get(device_type, ("reference",)):
         raise ValueError(
@@ -98,6 +103,18 @@ def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | N
             "the reference backend serves float64"
         )
     return name
+
+
+@functools.cache
+def _say_once_that_it_is_slow(device_type: str) -> None:
+    better = PREFERENCE.get(device_type, ())[:-1]
+    reasons = "; ".join(f"{name}: {_why_unusable(name)}" for name in better)
+    warnings.warn(
+        f"flatkern runs on plain PyTorch for {device_type} tensors, exact but slow "
+        f"({reasons or 'no kernels for this device'})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _require_usable(name: str) -> None:
