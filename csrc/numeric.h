@@ -44,12 +44,18 @@ FLATKERN_HD float to_float(BFloat16 value) {
   return float_of_bits(static_cast<uint32_t>(value.bits) << 16);
 }
 FLATKERN_HD float to_float(Float16 value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) return float_of_bits(sign | (magnitude << 13) | 0x7F800000u);
   if (magnitude >= 0x0400u) return float_of_bits(sign | ((magnitude << 13) + 0x38000000u));
   const float denormal = static_cast<float>(magnitude) * 0x1p-24f;
   return float_of_bits(sign | bits_of_float(denormal));
+#endif
 }
 
 template <class T>
@@ -67,6 +73,11 @@ FLATKERN_HD BFloat16 round_to<BFloat16>(float value) {
 }
 template <>
 FLATKERN_HD Float16 round_to<Float16>(float value) {
+#ifdef __CUDA_ARCH__
+  Float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
   const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7FFFFFFFu;
   const uint32_t sign = (bits >> 16) & 0x8000u;
   uint32_t half;
@@ -84,6 +95,7 @@ FLATKERN_HD Float16 round_to<Float16>(float value) {
     half = 0;
   }
   return {static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 // A non-finite scale counts as 0.
@@ -103,7 +115,13 @@ FLATKERN_HD float restored_value(float s, float c, float z, bool elementwise) {
   const float sign = s > 0.0f ? 1.0f : (s < 0.0f ? -1.0f : 0.0f);
   const float factor = 1.0f + e * sign;
   // Noise that took (nearly) all of an element, or flipped its sign, cannot be divided out.
-  return factor > 0.0625f ? s / factor : s;
+#ifdef __CUDA_ARCH__
+  // Within 2 ulps, where an exact division would be a call with spills; restore is lossy anyway.
+  const float quotient = __fdividef(s, factor);
+#else
+  const float quotient = s / factor;
+#endif
+  return factor > 0.0625f ? quotient : s;
 }
 
 // One rounding to the result's dtype. An element that is not finite, or would not stay finite,

@@ -1,0 +1,57 @@
+// What the CUDA kernels take, and their launchers: torch-free, on raw device pointers. The key is
+// read on the device, so nothing here synchronises and every launch can be captured in a graph.
+#pragma once
+
+#include "../numeric.h"
+#include "runtime.h"
+
+namespace flatkern::cuda {
+
+// A range of global coordinates: the noise's address space.
+struct Window {
+  const int64_t* key;  // (seed, step, draw, tensor) on the device
+  int64_t rows, cols;
+  uint64_t row_offset, col_offset;
+};
+
+struct NoiseArgs {
+  Window window;
+  void* out;  // float [rows, cols], or int64 for the raw words
+};
+
+struct PerturbArgs {
+  Window window;
+  const void* weight;
+  void* out;  // may be weight itself: no pointer here is restrict
+  Dtype weight_dtype, out_dtype;
+  int64_t weight_stride, out_stride;  // between rows, in elements; columns are adjacent
+  const float* row_scale;
+  bool elementwise;
+};
+
+struct RowNormArgs {
+  int64_t rows, cols, rank;
+  const void* weight;
+  Dtype weight_dtype;
+  int64_t weight_stride;
+  const float* lora_A;    // [rank, lora_A_stride], zeros past cols, 16-byte aligned
+  int64_t lora_A_stride;  // cols rounded up to kVector
+  const float* lora_B;    // [rows, rank], times scaling
+  float relative_scale;   // norm times this is written: 1, or sigma / sqrt(n)
+  float* norm;            // [rows]
+};
+
+struct PerturbMergedArgs {
+  PerturbArgs perturb;   // row_scale points at row_norm.norm
+  RowNormArgs row_norm;  // relative_scale makes norm the row scale
+};
+
+void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream);
+void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream);
+void launch_perturb(const PerturbArgs& args, int sm_count, cudaStream_t stream);
+void launch_restore(const PerturbArgs& args, int sm_count, cudaStream_t stream);
+void launch_row_norm(const RowNormArgs& args, int sm_count, cudaStream_t stream);
+// One kernel where a row fits a block's registers, two beyond; the same bits either way.
+void launch_perturb_merged(const PerturbMergedArgs& args, int sm_count, cudaStream_t stream);
+
+}  // namespace flatkern::cuda

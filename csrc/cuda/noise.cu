@@ -1,0 +1,71 @@
+// Philox words and normals as tensors.
+#include "device.h"
+
+namespace flatkern::cuda {
+
+// A thread takes one group of columns at a time. Aligned: rows hold whole groups, 16-byte aligned.
+template <bool Aligned>
+__global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args) {
+  const Window& window = args.window;
+  const NoiseKey key = load_key(window.key);
+  const int lane = threadIdx.x % kWarp;
+  UnitWalk walk(window, blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp,
+                gridDim.x * kWarpsPerBlock);
+  for (; walk.inside(); walk.next()) {
+    const int64_t i = walk.row, begin = walk.begin();
+    const int64_t end = begin + kUnitCols < window.cols ? begin + kUnitCols : window.cols;
+    const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
+    float* out = static_cast<float*>(args.out) + i * window.cols;
+    const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);
+    for (int64_t j = begin - misfit + 4 * lane; j < end; j += 4 * kWarp) {
+      float z[4];
+      scaled_group(row, static_cast<uint32_t>((window.col_offset + j) / 4), kRadiusOfRoot, z);
+      if constexpr (Aligned) {
+        Bits128 bits;
+        for (int k = 0; k < 4; ++k) bits.w[k] = bits_of_float(z[k]);
+        store_bits(out + j, bits);
+      } else {
+        for (int k = 0; k < 4; ++k) {
+          if (j + k >= begin && j + k < end) out[j + k] = z[k];
+        }
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) philox_bits_kernel(NoiseArgs args) {
+  const Window& window = args.window;
+  const NoiseKey key = load_key(window.key);
+  const int64_t count = window.rows * window.cols;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; index < count; index += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const uint64_t column = window.col_offset + index % window.cols;
+    const uint32_t i = static_cast<uint32_t>(window.row_offset + index / window.cols);
+    const Words words = philox4x32<>({{i, static_cast<uint32_t>(column / 4), key.tensor, key.draw}},
+                                     key.seed, key.step);
+    const int lane = static_cast<int>(column % 4);
+    // Chosen by comparison: an index into registers would go through local memory.
+    const uint32_t low = lane == 0 ? words.w[0] : words.w[1];
+    const uint32_t high = lane == 2 ? words.w[2] : words.w[3];
+    static_cast<int64_t*>(args.out)[index] = lane < 2 ? low : high;
+  }
+}
+
+void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
+  const Window& window = args.window;
+  if (window.rows == 0 || window.cols == 0) return;
+  const int blocks = grid_blocks(window.rows * units_per_row(window.cols), sm_count);
+  if (window.cols % 4 == 0 && window.col_offset % 4 == 0) {
+    FLATKERN_LAUNCH((noise_kernel<true>), blocks, kThreads, stream, args);
+  } else {
+    FLATKERN_LAUNCH((noise_kernel<false>), blocks, kThreads, stream, args);
+  }
+}
+
+void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
+  if (args.window.rows == 0 || args.window.cols == 0) return;
+  const int64_t warps = divide_up(args.window.rows * args.window.cols, kWarp);
+  FLATKERN_LAUNCH(philox_bits_kernel, grid_blocks(warps, sm_count), kThreads, stream, args);
+}
+
+}  // namespace flatkern::cuda

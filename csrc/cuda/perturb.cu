@@ -1,0 +1,122 @@
+// Perturb and restore: one warp per row and kUnitCols columns, 128-bit loads and stores.
+#include "perturb.h"
+
+namespace flatkern::cuda {
+
+// Vector: rows are 16-byte aligned and start on a group. Steps that hold anything that is not
+// finite are left alone by the loop and done one by one after it.
+template <class Op, class Src, class Dst, bool Elementwise>
+__global__ void __launch_bounds__(kThreads) perturb_kernel(PerturbArgs args) {
+  const Window& window = args.window;
+  const NoiseKey key = load_key(window.key);
+  const int lane = threadIdx.x % kWarp;
+  UnitWalk walk(window, blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp,
+                gridDim.x * kWarpsPerBlock);
+  for (; walk.inside(); walk.next()) {
+    const int64_t i = walk.row, begin = walk.begin();
+    const int64_t end = begin + kUnitCols < window.cols ? begin + kUnitCols : window.cols;
+    const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
+    const RowScale c = row_scale_of(args.row_scale[i]);
+    const Src* weight = static_cast<const Src*>(args.weight) + i * args.weight_stride;
+    Dst* out = static_cast<Dst*>(args.out) + i * args.out_stride;
+
+    const int64_t first = begin + lane * kVector;
+    const Src* source = weight + first;
+    Dst* target = out + first;
+    uint32_t group = static_cast<uint32_t>((window.col_offset + first) / 4);
+    // Whole vectors of this lane; none where e needs its shift.
+    const int64_t left = c.after == 1.0f ? end - first : 0;
+    const int steps = left < kVector ? 0 : static_cast<int>((left - kVector) / kWarpCols) + 1;
+    // One bit a step: what counts the steps also marks those to do one by one.
+    uint32_t skipped = 0, last = 1u << steps;
+    opaque(last);
+    for (uint32_t bit = 1; bit != last; bit <<= 1) {
+      const Packed<Dst> result =
+          apply_vector<Op, Dst, Src, Elementwise>(load_packed(source), row, group, c.scale);
+      if (all_finite(result)) {
+        store_packed(target, result);
+      } else {
+        skipped |= bit;
+      }
+      source += kWarpCols;
+      target += kWarpCols;
+      group += kWarpCols / 4;
+    }
+    for (int64_t j = first; skipped != 0; j += kWarpCols, skipped >>= 1) {
+      if (skipped & 1u) {
+        apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, j, j + kVector, c);
+      }
+    }
+    // The vector that the row's end cuts, or all of them.
+    for (int64_t j = first + static_cast<int64_t>(steps) * kWarpCols; j < end; j += kWarpCols) {
+      const int64_t to = j + kVector < end ? j + kVector : end;
+      apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, j, to, c);
+    }
+  }
+}
+
+// Any alignment: a thread takes one group of columns at a time.
+template <class Op, class Src, class Dst, bool Elementwise>
+__global__ void __launch_bounds__(kThreads) perturb_unaligned_kernel(PerturbArgs args) {
+  const Window& window = args.window;
+  const NoiseKey key = load_key(window.key);
+  const int lane = threadIdx.x % kWarp;
+  UnitWalk walk(window, blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp,
+                gridDim.x * kWarpsPerBlock);
+  for (; walk.inside(); walk.next()) {
+    const int64_t i = walk.row, begin = walk.begin();
+    const int64_t end = begin + kUnitCols < window.cols ? begin + kUnitCols : window.cols;
+    const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
+    const RowScale c = row_scale_of(args.row_scale[i]);
+    const Src* weight = static_cast<const Src*>(args.weight) + i * args.weight_stride;
+    Dst* out = static_cast<Dst*>(args.out) + i * args.out_stride;
+    // The unit's first group may start before the unit.
+    const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);
+    for (int64_t j = begin - misfit + 4 * lane; j < end; j += 4 * kWarp) {
+      const int64_t from = j < begin ? begin : j, to = j + 4 < end ? j + 4 : end;
+      apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, from, to, c);
+    }
+  }
+}
+
+template <class Op, class Src, class Dst, bool Elementwise>
+static void launch_as(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
+  const Window& window = args.window;
+  const int blocks = grid_blocks(window.rows * units_per_row(window.cols), sm_count);
+  const bool aligned = is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype) &&
+                       is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
+                       window.col_offset % 4 == 0;
+  if (aligned) {
+    FLATKERN_LAUNCH((perturb_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream, args);
+  } else {
+    FLATKERN_LAUNCH((perturb_unaligned_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream,
+                    args);
+  }
+}
+
+template <class Op, class Src, class Dst>
+static void launch_dtypes(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
+  if (args.elementwise) {
+    launch_as<Op, Src, Dst, true>(args, sm_count, stream);
+  } else {
+    launch_as<Op, Src, Dst, false>(args, sm_count, stream);
+  }
+}
+
+void launch_perturb(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
+  if (args.window.rows == 0 || args.window.cols == 0) return;
+  with_type(args.weight_dtype, [&](auto weight) {
+    with_type(args.out_dtype, [&](auto out) {
+      launch_dtypes<Perturb, decltype(weight), decltype(out)>(args, sm_count, stream);
+    });
+  });
+}
+
+void launch_restore(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
+  if (args.window.rows == 0 || args.window.cols == 0) return;
+  with_type(args.weight_dtype, [&](auto weight) {
+    launch_dtypes<Restore, decltype(weight), decltype(weight)>(args, sm_count, stream);
+  });
+}
+
+}  // namespace flatkern::cuda
