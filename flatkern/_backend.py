@@ -18,8 +18,13 @@ import torch
 
 from flatkern._version import __version__
 
-# Order of preference under `auto`, by device type; reference serves every device.
+# Triton's interpreter, switched on before triton is imported, runs the kernels on CPU tensors.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+# What serves a device type, best first; reference serves every device.
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+if TRITON_INTERPRETED:
+    PREFERENCE = {"cuda": ("cuda", "reference"), "cpu": ("cpu", "triton", "reference")}
 NAMES = ("cuda", "cpu", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,8 +63,9 @@ def _why_unusable(name: str) -> str | None:
     if _C is None:
         return _why_no_extension
     if name == "cuda":
-        if not _C.build_info()["cuda"]:
-            return "flatkern._C was built without CUDA"
+        if not (info := _C.build_info())["cuda"]:
+            reason = info.get("why_no_cuda", "an older build")
+            return f"flatkern._C was built without CUDA: {reason}"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
     return None
@@ -87,7 +93,7 @@ def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | N
     if name == "auto":
         if dtype not in KERNEL_DTYPES:
             return "reference"
-        name = available_backends(device_type)[0]
+        name = _automatic(device_type)
         if name == "reference":
             _say_once_that_it_is_slow(device_type)
         return name
@@ -103,6 +109,12 @@ def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | N
             "the reference backend serves float64"
         )
     return name
+
+
+def _automatic(device_type: str) -> str:
+    """The best backend, but for interpreted Triton, which has to be named."""
+    names = available_backends(device_type)
+    return next(name for name in names if not (name == "triton" and TRITON_INTERPRETED))
 
 
 @functools.cache

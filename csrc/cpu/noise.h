@@ -14,7 +14,7 @@ FLATKERN_INLINE WideWords philox_groups(const PhiloxRow& r, uint32_t group) {
   const VUint64 p0 = multiply_low((lane + group) ^ r.c0_1, m0);
   const VUint64 p1 = multiply_low((p0 >> 32) ^ r.c2_2, m1);
   VUint64 c0 = (p1 >> 32) ^ r.c0_3, c1 = p1, c2 = p0 ^ r.c2_3, c3 = VUint64{} + r.c3_3;
-  uint32_t k0 = r.k0, k1 = r.k1;
+  uint32_t k0 = r.k[0], k1 = r.k[1];
 #pragma GCC unroll 8
   for (int round = 3; round < kPhiloxRounds; ++round) {
     const VUint64 q0 = multiply_low(c0, m0), q1 = multiply_low(c2, m1);

@@ -69,15 +69,15 @@ FLATKERN_HD void scaled_group(const PhiloxRow& row, uint32_t group, float scale,
   scaled_pair(words.w[2], words.w[3], scale, e[2], e[3]);
 }
 
-// A row's c, times kRadiusOfRoot; `after` is 1 but for c so large or small that the product with
-// kRadiusOfRoot would overflow or lose bits: then c is shifted first, and e is shifted back.
+// A row's c, times kRadiusOfRoot; `after` is 1 but for c so large or small that a radius, below
+// 6.77 c, might overflow or lose bits: then c is shifted first, and e is shifted back.
 struct RowScale {
   float scale, after;
 };
 FLATKERN_HD RowScale row_scale_of(float c) {
   c = usable_scale(c);
   const float size = fabsf(c);
-  if (size >= 0x1p126f) return {c * 0x1p-8f * kRadiusOfRoot, 0x1p8f};
+  if (size >= 0x1p125f) return {c * 0x1p-8f * kRadiusOfRoot, 0x1p8f};
   if (size < 0x1p-100f && size > 0.0f) return {c * 0x1p64f * kRadiusOfRoot, 0x1p-64f};
   return {c * kRadiusOfRoot, 1.0f};
 }

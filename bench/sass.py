@@ -1,0 +1,260 @@
+"""What the compilers made of the kernels: instructions per element, access widths, spills.
+
+`python -m bench.sass` compiles every Triton kernel ahead of time, reads the CUDA kernels of
+flatkern._C where it has any, and writes bench/results/sass/sass.md and sass.json. No GPU is needed.
+`python -m bench.sass FILE...` prints the same table for cubins and shared objects.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+from tabulate import tabulate
+
+RESULTS = Path(__file__).parent / "results" / "sass"
+ARCHS = (80, 90, 100)
+
+_FUNCTION = re.compile(r"\s*\.section\s+\.text\.(\S+?),")
+_LABEL = re.compile(r"\s*(\.L_\w+):")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;")
+_BRANCH = re.compile(r"BRA\b.*`\((\.L_\w+)\)")
+_WIDTH = re.compile(r"\.[US]?(256|128|64|16|8)\b")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of SASS: a label or an instruction without its predicate."""
+
+    label: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel costs; counts are of the hot part unless said otherwise."""
+
+    kernel: str
+    arch: int
+    per_element: float | None  # None where no store is 128 bits wide
+    loop: bool  # the hot part is a loop, not the whole kernel
+    loads: dict[str, int]  # by bits
+    stores: dict[str, int]
+    shared: int  # accesses to shared memory and shuffles
+    spills: int  # of the whole kernel
+    spill_bytes: int  # of stack, the whole kernel
+    registers: int
+    instructions: int  # of the whole kernel
+
+
+def tool(name: str) -> str:
+    """nvdisasm or cuobjdump: Triton's package has them, so does a CUDA toolkit."""
+    try:
+        import triton
+    except ImportError:
+        found = None
+    else:
+        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if found is not None and found.is_file():
+        return str(found)
+    on_path = shutil.which(name)
+    if on_path is None:
+        raise FileNotFoundError(f"{name} is neither in Triton's package nor on the PATH")
+    return on_path
+
+
+def parse(text: str) -> dict[str, list[Line]]:
+    """Lines of each function in nvdisasm's output."""
+    functions: dict[str, list[Line]] = {}
+    lines: list[Line] | None = None
+    for row in text.splitlines():
+        if match := _FUNCTION.match(row):
+            lines = functions.setdefault(match[1], [])
+        elif re.match(r"\s*\.section\s", row):
+            lines = None
+        elif lines is None:
+            continue
+        elif match := _LABEL.match(row):
+            lines.append(Line(match[1], ""))
+        elif match := _INSTRUCTION.match(row):
+            lines.append(Line(None, match[1]))
+    return functions
+
+
+def count(lines: list[Line]) -> int:
+    """Instructions, without the padding behind the end."""
+    return sum(line.label is None and not line.text.startswith("NOP") for line in lines)
+
+
+def widths(lines: list[Line], kind: str) -> dict[str, int]:
+    """How many global loads (LDG) or stores (STG) there are of each width in bits."""
+    found: Counter[str] = Counter()
+    for line in lines:
+        if line.text.startswith(kind):
+            match = _WIDTH.search(line.text.split()[0])
+            found[match[1] if match else "32"] += 1
+    return dict(sorted(found.items(), key=lambda item: -int(item[0])))
+
+
+def loops(lines: list[Line]) -> list[list[Line]]:
+    """The lines between each label and a branch back to it."""
+    places = {line.label: i for i, line in enumerate(lines) if line.label}
+    found = []
+    for i, line in enumerate(lines):
+        match = _BRANCH.search(line.text)
+        # The branch to itself that ends every function is no loop.
+        if match and places.get(match[1], i) < i - 1:
+            found.append(lines[places[match[1]] : i + 1])
+    return found
+
+
+def wide_bytes(lines: list[Line]) -> int:
+    """Bytes that the stores of at least 128 bits write, one thread once."""
+    return sum(int(bits) // 8 * n for bits, n in widths(lines, "STG").items() if int(bits) >= 128)
+
+
+def hot_part(lines: list[Line]) -> tuple[list[Line], bool]:
+    """The smallest loop that holds wide stores, or everything; and whether it is a loop."""
+    storing = [loop for loop in loops(lines) if wide_bytes(loop)]
+    return (min(storing, key=count), True) if storing else (lines, False)
+
+
+def _matching(lines: list[Line], pattern: str) -> int:
+    return sum(bool(re.match(pattern, line.text)) for line in lines)
+
+
+def analyse(cubin: Path, arch: int, element_bytes: int | None = None) -> list[Report]:
+    """A report for each kernel of a cubin; the size of a stored element may come from its name."""
+    command = [tool("nvdisasm"), "-c", str(cubin)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [tool("cuobjdump"), "-res-usage", str(cubin)]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True)
+    resources = re.findall(
+        r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr
+    )
+    registers = {name: (int(count), int(stack)) for name, count, stack in resources}
+    reports = []
+    for name, lines in parse(text).items():
+        hot, is_loop = hot_part(lines)
+        elements = wide_bytes(hot) // (element_bytes or stored_bytes(name))
+        reports.append(
+            Report(
+                kernel=name,
+                arch=arch,
+                per_element=round(count(hot) / elements, 2) if elements else None,
+                loop=is_loop,
+                loads=widths(hot, "LDG"),
+                stores=widths(hot, "STG"),
+                shared=_matching(hot, r"LDS|STS|LDSM|STSM|SHFL|ATOMS"),
+                spills=_matching(lines, r"LDL|STL"),
+                spill_bytes=registers[name][1],
+                registers=registers[name][0],
+                instructions=count(lines),
+            )
+        )
+    return reports
+
+
+def stored_bytes(name: str) -> int:
+    """Size of the elements that a CUDA kernel stores: the last dtype in its (mangled) name."""
+    sizes = {"BFloat16": 2, "Float16": 2, "bf16": 2, "fp16": 2, "half": 2, "float": 4, "If": 4}
+    found = re.findall(r"BFloat16|Float16|bf16|fp16|half|float|If", name)
+    return sizes[found[-1]] if found else 4
+
+
+def cubins(file: Path, folder: Path) -> list[tuple[Path, int]]:
+    """Cubins of a cubin or of a shared object (extracted to `folder`), with their architectures."""
+    if file.suffix == ".cubin":
+        found = [file.resolve()]
+    else:
+        command = [tool("cuobjdump"), "-xelf", "all", str(file.resolve())]
+        subprocess.run(command, check=False, capture_output=True, cwd=folder)
+        found = sorted(folder.glob("*.cubin"))
+    return [(cubin, _arch_of(cubin)) for cubin in found]
+
+
+def _arch_of(cubin: Path) -> int:
+    command = [tool("cuobjdump"), "-elf", str(cubin)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True)
+    match = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)|arch = sm_(\d+)", text.stdout)
+    if match is None:
+        raise ValueError(f"cuobjdump does not say which architecture {cubin} is for")
+    return int(next(group for group in match.groups() if group))
+
+
+def analyse_file(file: Path) -> list[Report]:
+    """Reports of all kernels in a cubin or shared object."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = cubins(file, Path(folder))
+        return [report for cubin, arch in found for report in analyse(cubin, arch)]
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown, one row for each kernel and architecture."""
+
+    def show(counts: dict[str, int]) -> str:
+        return " ".join(f"{n}x{bits}" for bits, n in counts.items())
+
+    rows = [
+        (
+            report.kernel,
+            f"sm_{report.arch}",
+            "" if report.per_element is None else f"{report.per_element:.2f}",
+            "loop" if report.loop else "kernel",
+            show(report.loads),
+            show(report.stores),
+            report.shared,
+            report.registers,
+            f"{report.spills} ({report.spill_bytes} B)" if report.spills else "0",
+        )
+        for report in reports
+    ]
+    headers = ("kernel", "arch", "instr/elem", "of", "loads", "stores", "shared", "regs", "spills")
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    """Write the table of all kernels, or print that of some files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="cubins or shared objects")
+    files = parser.parse_args().files
+    if files:
+        print(table([report for file in files for report in analyse_file(file)]))
+        return
+    import flatkern
+    from bench import sass_triton
+
+    reports = [report for arch in ARCHS for report in sass_triton.reports(arch)]
+    versions = sass_triton.versions()
+    extension = getattr(flatkern._backend._C, "__file__", None)
+    if extension:
+        reports += analyse_file(Path(extension))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    about = {"date": date.today().isoformat(), "python": platform.python_version(), **versions}
+    data = {"about": about, "kernels": [asdict(report) for report in reports]}
+    (RESULTS / "sass.json").write_text(json.dumps(data, indent=1) + "\n")
+    heading = ", ".join(f"{name} {version}" for name, version in about.items())
+    text = f"""# Instructions per element
+
+Made by `python -m bench.sass` without a GPU: {heading}.
+
+Static instructions of the smallest SASS loop that holds the stores of 128 bits or more (of the
+whole kernel, where no loop does), over the elements that those store. Loads, stores (count x bits)
+and accesses to shared memory are of the same part, registers and spills of the whole kernel.
+
+{table(reports)}
+"""
+    (RESULTS / "sass.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

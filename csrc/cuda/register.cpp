@@ -1,0 +1,63 @@
+// The CUDA kernels as torch ops: device, stream, launch checks and registration. Nothing here
+// synchronises, so every op can be captured in a graph.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "../register.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace flatkern::cuda {
+namespace {
+
+template <class Args>
+void launch(const at::Tensor& on, void (*launcher)(const Args&, int, cudaStream_t),
+            const Args& args) {
+  const c10::cuda::CUDAGuard guard(on.device());
+  launcher(args, at::cuda::getCurrentDeviceProperties()->multiProcessorCount,
+           c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// What flatkern::Ops asks of a backend; the tensor that is written is first.
+struct Backend {
+  using Window = cuda::Window;
+  using NoiseArgs = cuda::NoiseArgs;
+  using PerturbArgs = cuda::PerturbArgs;
+  using RowNormArgs = cuda::RowNormArgs;
+  static constexpr const char* kName = "flatkern_cuda";
+  static constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
+  static constexpr int64_t kAdapterColumns = kVector;
+
+  static const int64_t* key_of(const int64_t* words) { return words; }
+  static void philox_bits(const at::Tensor& out, const NoiseArgs& args) {
+    launch(out, launch_philox_bits, args);
+  }
+  static void noise(const at::Tensor& out, const NoiseArgs& args) {
+    launch(out, launch_noise, args);
+  }
+  static void perturb(const at::Tensor& out, const PerturbArgs& args) {
+    launch(out, launch_perturb, args);
+  }
+  static void restore(const at::Tensor& out, const PerturbArgs& args) {
+    launch(out, launch_restore, args);
+  }
+  static void row_norm(const at::Tensor& norm, RowNormArgs args) {
+    args.relative_scale = 1.0f;
+    launch(norm, launch_row_norm, args);
+  }
+  static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb,
+                             RowNormArgs row_norm, float relative_scale) {
+    row_norm.relative_scale = relative_scale;
+    launch(row_scale, launch_perturb_merged, PerturbMergedArgs{perturb, row_norm});
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flatkern_cuda, CUDA, m) { Ops<Backend>::register_in(m); }
+
+}  // namespace flatkern::cuda

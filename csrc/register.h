@@ -1,0 +1,221 @@
+// The ops of a native backend: the checks that guard memory, and the tensors that its kernels
+// take. Schemas are defined in Python (flatkern/ops), which also explains errors to users.
+//
+// Included by the backends' register.cpp, after torch's headers. `Backend` has the types of its
+// kernels' arguments, says where a key's words lie, and runs its kernels.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "numeric.h"
+
+namespace flatkern {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <class Backend>
+struct Ops {
+  using Window = typename Backend::Window;
+  using NoiseArgs = typename Backend::NoiseArgs;
+  using PerturbArgs = typename Backend::PerturbArgs;
+  using RowNormArgs = typename Backend::RowNormArgs;
+
+  static Dtype dtype_of(const at::Tensor& t) {
+    switch (t.scalar_type()) {
+      case at::kFloat:
+        return Dtype::kFloat32;
+      case at::kBFloat16:
+        return Dtype::kBFloat16;
+      case at::kHalf:
+        return Dtype::kFloat16;
+      default:
+        TORCH_CHECK(false, Backend::kName, ": expected float32, bfloat16 or float16, got ",
+                    t.scalar_type());
+    }
+  }
+
+  static void check_matrix(const at::Tensor& t) {
+    TORCH_CHECK(t.device().type() == Backend::kDevice && t.dim() == 2, Backend::kName,
+                ": expected a matrix on this backend's device");
+    TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, Backend::kName, ": columns must be adjacent");
+    TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), Backend::kName,
+                ": rows must not overlap");
+  }
+
+  // The key's four words in a row; the caller keeps the tensor until its kernel is launched.
+  static at::Tensor words_of(const at::Tensor& key) {
+    TORCH_CHECK(key.device().type() == Backend::kDevice && key.scalar_type() == at::kLong &&
+                    key.numel() == 4,
+                Backend::kName, ": key must be int64 [4]");
+    return key.contiguous();
+  }
+
+  static Window window_of(const at::Tensor& words, int64_t rows, int64_t cols, int64_t row_offset,
+                          int64_t col_offset) {
+    TORCH_CHECK(rows >= 0 && cols >= 0 && row_offset >= 0 && col_offset >= 0, Backend::kName,
+                ": sizes and offsets must not be negative");
+    return {Backend::key_of(words.const_data_ptr<int64_t>()), rows, cols,
+            static_cast<uint64_t>(row_offset), static_cast<uint64_t>(col_offset)};
+  }
+
+  static at::Tensor philox_bits(int64_t rows, int64_t cols, const at::Tensor& key,
+                                int64_t row_offset, int64_t col_offset) {
+    const at::Tensor words = words_of(key);
+    const Window window = window_of(words, rows, cols, row_offset, col_offset);
+    at::Tensor out = at::empty({rows, cols}, key.options());
+    Backend::philox_bits(out, NoiseArgs{window, out.mutable_data_ptr()});
+    return out;
+  }
+
+  static at::Tensor noise(int64_t rows, int64_t cols, const at::Tensor& key, int64_t row_offset,
+                          int64_t col_offset) {
+    const at::Tensor words = words_of(key);
+    const Window window = window_of(words, rows, cols, row_offset, col_offset);
+    at::Tensor out = at::empty({rows, cols}, key.options().dtype(at::kFloat));
+    Backend::noise(out, NoiseArgs{window, out.mutable_data_ptr()});
+    return out;
+  }
+
+  static PerturbArgs perturb_args(const at::Tensor& weight, const at::Tensor& out,
+                                  const at::Tensor& words, const at::Tensor& row_scale,
+                                  bool elementwise, int64_t row_offset, int64_t col_offset) {
+    check_matrix(weight);
+    check_matrix(out);
+    TORCH_CHECK(weight.sizes() == out.sizes(), Backend::kName,
+                ": out must have the weight's shape");
+    TORCH_CHECK(out.device() == weight.device() && row_scale.device() == weight.device() &&
+                    words.device() == weight.device(),
+                Backend::kName, ": all tensors must be on one device");
+    TORCH_CHECK(row_scale.scalar_type() == at::kFloat && row_scale.is_contiguous() &&
+                    row_scale.numel() == weight.size(0),
+                Backend::kName, ": row_scale must be contiguous float32 [rows]");
+    return {window_of(words, weight.size(0), weight.size(1), row_offset, col_offset),
+            weight.const_data_ptr(),
+            out.mutable_data_ptr(),
+            dtype_of(weight),
+            dtype_of(out),
+            weight.stride(0),
+            out.stride(0),
+            row_scale.const_data_ptr<float>(),
+            elementwise};
+  }
+
+  static void perturb_out(const at::Tensor& weight, const at::Tensor& row_scale,
+                          const at::Tensor& key, bool elementwise, int64_t row_offset,
+                          int64_t col_offset, at::Tensor& out) {
+    const at::Tensor words = words_of(key);
+    Backend::perturb(
+        out, perturb_args(weight, out, words, row_scale, elementwise, row_offset, col_offset));
+  }
+
+  static at::Tensor perturb(const at::Tensor& weight, const at::Tensor& row_scale,
+                            const at::Tensor& key, bool elementwise,
+                            std::optional<at::ScalarType> dtype, int64_t row_offset,
+                            int64_t col_offset) {
+    at::Tensor out =
+        at::empty(weight.sizes(), weight.options().dtype(dtype.value_or(weight.scalar_type())));
+    perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, out);
+    return out;
+  }
+
+  static void check_no_residual(const OptionalTensor& residual) {
+    TORCH_CHECK(!residual.has_value(), Backend::kName, ": residual must be None");
+  }
+
+  static void perturb_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
+                       bool elementwise, const OptionalTensor& residual, int64_t row_offset,
+                       int64_t col_offset) {
+    check_no_residual(residual);
+    perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, weight);
+  }
+
+  static void restore_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
+                       bool elementwise, const OptionalTensor& residual, int64_t row_offset,
+                       int64_t col_offset) {
+    check_no_residual(residual);
+    const at::Tensor words = words_of(key);
+    Backend::restore(weight, perturb_args(weight, weight, words, row_scale, elementwise, row_offset,
+                                          col_offset));
+  }
+
+  // The adapters as the row norm reads them: float32, B times scaling, A padded with zeros and
+  // 16-byte aligned. They are small; the arguments hold pointers into them.
+  struct Adapters {
+    at::Tensor lora_A, lora_B;
+  };
+
+  static Adapters prepare_adapters(const at::Tensor& weight, const OptionalTensor& lora_A,
+                                   const OptionalTensor& lora_B, double scaling) {
+    if (!lora_A.has_value() || !lora_B.has_value()) return {};
+    TORCH_CHECK(lora_A->dim() == 2 && lora_B->dim() == 2 && lora_A->size(1) == weight.size(1) &&
+                    lora_B->size(0) == weight.size(0) && lora_A->size(0) == lora_B->size(1),
+                Backend::kName, ": lora_A must be [r, n] and lora_B [m, r]");
+    TORCH_CHECK(lora_A->device() == weight.device() && lora_B->device() == weight.device(),
+                Backend::kName, ": adapters must be on the weight's device");
+    constexpr int64_t kMultiple = Backend::kAdapterColumns;
+    const int64_t padding = (kMultiple - weight.size(1) % kMultiple) % kMultiple;
+    at::Tensor padded = lora_A->to(at::kFloat);
+    if (padding != 0) padded = at::constant_pad_nd(padded, {0, padding});
+    padded = padded.contiguous();
+    // A slice of a larger tensor may start anywhere.
+    if (reinterpret_cast<uintptr_t>(padded.const_data_ptr()) % 16 != 0) padded = padded.clone();
+    return {padded, (lora_B->to(at::kFloat) * scaling).contiguous()};
+  }
+
+  static RowNormArgs row_norm_args(const at::Tensor& weight, const Adapters& adapters,
+                                   const at::Tensor& norm) {
+    check_matrix(weight);
+    RowNormArgs args{};
+    args.rows = weight.size(0);
+    args.cols = weight.size(1);
+    args.weight = weight.const_data_ptr();
+    args.weight_dtype = dtype_of(weight);
+    args.weight_stride = weight.stride(0);
+    if (adapters.lora_A.defined()) {
+      args.rank = adapters.lora_A.size(0);
+      args.lora_A = adapters.lora_A.template const_data_ptr<float>();
+      args.lora_A_stride = adapters.lora_A.size(1);
+      args.lora_B = adapters.lora_B.template const_data_ptr<float>();
+    }
+    args.norm = norm.mutable_data_ptr<float>();
+    return args;
+  }
+
+  static at::Tensor row_norm(const at::Tensor& weight, const OptionalTensor& lora_A,
+                             const OptionalTensor& lora_B, double scaling) {
+    const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
+    at::Tensor norm = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
+    Backend::row_norm(norm, row_norm_args(weight, adapters, norm));
+    return norm;
+  }
+
+  static at::Tensor perturb_merged_(at::Tensor& weight, const OptionalTensor& lora_A,
+                                    const OptionalTensor& lora_B, double scaling, double sigma,
+                                    const at::Tensor& key, bool elementwise,
+                                    const OptionalTensor& residual, int64_t row_offset) {
+    check_no_residual(residual);
+    const at::Tensor words = words_of(key);
+    const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
+    at::Tensor row_scale = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
+    const double columns = static_cast<double>(std::max<int64_t>(weight.size(1), 1));
+    Backend::perturb_merged(
+        row_scale, perturb_args(weight, weight, words, row_scale, elementwise, row_offset, 0),
+        row_norm_args(weight, adapters, row_scale), static_cast<float>(sigma / std::sqrt(columns)));
+    return row_scale;
+  }
+
+  static void register_in(torch::Library& m) {
+    m.impl("philox_bits", philox_bits);
+    m.impl("noise", noise);
+    m.impl("row_norm", row_norm);
+    m.impl("perturb", perturb);
+    m.impl("perturb.out", perturb_out);
+    m.impl("perturb_", perturb_);
+    m.impl("restore_", restore_);
+    m.impl("perturb_merged_", perturb_merged_);
+  }
+};
+
+}  // namespace flatkern

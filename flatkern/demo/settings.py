@@ -1,0 +1,50 @@
+"""What is compared: label settings, arms, and the values chosen on the validation split."""
+
+from dataclasses import dataclass
+
+TRAINING_SENTENCES = 256
+VALIDATION_SENTENCES = 3000
+TEST_SENTENCES = 1000  # of each domain
+QUICK_SEEDS, FULL_SEEDS = 2, 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What distinguishes one arm from another; sigma 0 is training without noise."""
+
+    arm: str
+    lr: float
+    sigma: float = 0.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment: how many labels are wrong, how long to train, and the chosen values.
+
+    flipped is a share of the training labels. lr was chosen for plain LoRA and serves every arm;
+    sigma (Flat-LoRA) and dropout (LoRA + dropout) were chosen after it; all three by
+    `flatkern demo --choose`, on the validation split alone.
+    """
+
+    name: str
+    flipped: float
+    epochs: int
+    quick_epochs: int
+    lr: float
+    sigma: float
+    dropout: float
+
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The three arms."""
+        return (
+            Recipe("LoRA", self.lr),
+            Recipe("Flat-LoRA", self.lr, sigma=self.sigma),
+            Recipe("LoRA + dropout", self.lr, dropout=self.dropout),
+        )
+
+
+SETTINGS = (
+    Setting("30 % flipped", 0.3, epochs=14, quick_epochs=8, lr=1e-3, sigma=0.6, dropout=0.6),
+    Setting("clean labels", 0.0, epochs=6, quick_epochs=4, lr=1e-3, sigma=0.2, dropout=0.2),
+)

@@ -1,0 +1,146 @@
+// Launch shapes and index arithmetic of the CUDA kernels, which are pure functions, and the
+// emulator that runs the kernels in the other tests.
+#include <cmath>
+#include <random>
+
+#include "../../csrc/cuda/device.h"
+#include "cuda_cases.h"
+
+using namespace flatkern;
+using namespace flatkern::cuda;
+
+namespace {
+
+// A barrier, then a warp's sum: each thread's value comes from the thread opposite.
+void emulated_kernel(double* out) {
+  __shared__ double values[kThreads];
+  values[threadIdx.x] = blockIdx.x * 1000.0 + threadIdx.x;
+  __syncthreads();
+  double value = values[blockDim.x - 1 - threadIdx.x];
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = value;
+}
+
+void test_emulator() {
+  std::vector<double> out(3 * 96);
+  for (const bool reversed : {false, true}) {
+    emulator::reversed = reversed;
+    launched([&] { FLATKERN_LAUNCH(emulated_kernel, 3, 96, kStream, out.data()); }, 1);
+    emulator::reversed = false;
+    for (int i = 0; i < 3 * 96; ++i) {
+      const int warp = i % 96 / kWarp, first = 96 - kWarp * (warp + 1);
+      const double expected = kWarp * (i / 96 * 1000.0 + first) + kWarp * (kWarp - 1) / 2;
+      CHECK(out[i] == expected, "thread %d: %g, not %g", i, out[i], expected);
+    }
+  }
+}
+
+void test_grids() {
+  CHECK(divide_up(0, 8) == 0 && divide_up(1, 8) == 1 && divide_up(8, 8) == 1, "divide_up");
+  CHECK(units_per_row(1) == 1 && units_per_row(kUnitCols) == 1, "one unit");
+  CHECK(units_per_row(kUnitCols + 1) == 2 && units_per_row(1ll << 34) == 1 << 22, "units");
+  // The mask of skipped steps has 32 bits, one of which ends the loop.
+  static_assert(kUnitSteps < 32 && kUnitCols % (4 * kWarp) == 0);
+  for (const int sm_count : {1, 2, 108, 132}) {
+    for (const int64_t warps : {1ll, 7ll, 8ll, 9ll, 5000ll, 1ll << 40}) {
+      const int64_t blocks = grid_blocks(warps, sm_count);
+      CHECK(blocks >= 1 && blocks <= sm_count * kBlocksPerSm, "%ld blocks", blocks);
+      CHECK(blocks * kWarpsPerBlock >= warps || blocks == sm_count * kBlocksPerSm, "too few");
+      CHECK((blocks - 1) * kWarpsPerBlock < warps, "a block without work");
+    }
+  }
+  CHECK(!norm_shares_rows(4095, 128) && norm_shares_rows(4096, 128), "rows that share A");
+}
+
+void test_fusion() {
+  CHECK(fuses(4096, 32, true) && fuses(1, 0, true), "rows that fit a block");
+  CHECK(!fuses(4097, 8, true) && !fuses(4096, 33, true) && !fuses(64, 8, false), "the others");
+  for (int64_t cols = 1; fuses(cols, 8, true); ++cols) {
+    const int threads = fused_threads(cols);
+    CHECK(threads % kWarp == 0 && threads <= kFusedThreads, "%d threads", threads);
+    CHECK(threads * kVector >= cols && (threads - kWarp) * kVector < cols, "%ld columns", cols);
+  }
+}
+
+// Every unit has one warp, whatever the grid.
+void test_walks_cover() {
+  for (const auto& [rows, cols] :
+       {std::pair<int64_t, int64_t>{1, 1}, {7, 4096}, {5, 4097}, {3, 50000}, {100, 9000}}) {
+    for (const uint32_t warps : {1u, 3u, 8u, 32u, 1000u}) {
+      const Window w = window(rows, cols, 0, 0);
+      std::vector<int> visits(rows * units_per_row(cols));
+      for (uint32_t warp = 0; warp < warps; ++warp) {
+        for (UnitWalk walk(w, warp, warps); walk.inside(); walk.next()) {
+          ++visits[walk.row * units_per_row(cols) + walk.begin() / kUnitCols];
+        }
+      }
+      for (const int v : visits) CHECK(v == 1, "%ld x %ld, %u warps: %d", rows, cols, warps, v);
+    }
+  }
+}
+
+// Against division in 64 bits, as far as the noise's coordinates reach.
+void test_walks_far() {
+  std::mt19937_64 random(1);
+  for (int i = 0; i < 2000; ++i) {
+    const int64_t cols = 1 + static_cast<int64_t>(random() % (1ull << (1 + random() % 34)));
+    const Window w = window((1ll << 32) - 1, cols, 0, 0);
+    const uint64_t warps = 1 + random() % (1u << 20), per_row = units_per_row(cols);
+    uint64_t unit = random() % warps;
+    UnitWalk walk(w, static_cast<uint32_t>(unit), static_cast<uint32_t>(warps));
+    for (int step = 0; step < 100; ++step, unit += warps, walk.next()) {
+      const int64_t begin = static_cast<int64_t>(unit % per_row) * kUnitCols;
+      const bool right = walk.row == static_cast<int64_t>(unit / per_row) && walk.begin() == begin;
+      CHECK(right && begin < cols, "unit %lu of %lu in a row", unit, per_row);
+    }
+  }
+  UnitWalk last(window(5, 1, 0, 0), 4, 1);
+  CHECK(last.inside(), "the last row");
+  last.next();
+  CHECK(!last.inside(), "past the last row");
+}
+
+void test_row_scales() {
+  for (const float c : {NAN, INFINITY, -INFINITY}) {
+    const RowScale scale = row_scale_of(c);
+    CHECK(scale.scale == 0.0f && scale.after == 1.0f, "%g counts as 0", c);
+  }
+  CHECK(std::signbit(row_scale_of(-0.0f).scale), "the sign of zero");
+  std::mt19937 random(2);
+  for (int i = 0; i < 200000; ++i) {
+    const float c = float_of_bits(random());
+    if (!is_finite(c) || c == 0.0f) continue;
+    const RowScale scale = row_scale_of(c);
+    const double exact = 1.1774100225154747 * c,
+                 got = static_cast<double>(scale.scale) * scale.after;
+    CHECK(std::fabs(got / exact - 1) < 0x1p-23, "c = %a", c);
+    // No radius overflows where c z might not, and none is denormal before it is shifted back.
+    const float largest = scale.scale * 5.75f, smallest = scale.scale * 0x1p-13f;
+    CHECK(is_finite(largest) && std::fabs(smallest) >= 0x1p-126f, "radii of c = %a", c);
+    CHECK(scale.after == 1.0f || std::fabs(c) < 1e-30f || std::fabs(c) > 1e37f, "c = %a", c);
+  }
+}
+
+void test_alignment() {
+  const auto at = [](uintptr_t address) { return reinterpret_cast<const void*>(address); };
+  CHECK(is_vector_aligned(at(32), 8, Dtype::kBFloat16), "8 halves are 16 bytes");
+  CHECK(is_vector_aligned(at(32), 4, Dtype::kFloat32), "4 floats are 16 bytes");
+  CHECK(!is_vector_aligned(at(32), 4, Dtype::kFloat16), "4 halves are not");
+  CHECK(!is_vector_aligned(at(40), 8, Dtype::kBFloat16), "the base counts too");
+}
+
+}  // namespace
+
+int main() {
+  test_emulator();
+  test_grids();
+  test_fusion();
+  test_walks_cover();
+  test_walks_far();
+  test_row_scales();
+  test_alignment();
+  std::printf("%d failures\n", check::failures);
+  return check::failures != 0;
+}

@@ -1,0 +1,64 @@
+"""The CUDA kernels' own source, compiled for the host and run thread by thread, without a GPU."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CPP = ROOT / "tests" / "cpp"
+CUDA = ROOT / "csrc" / "cuda"
+PROGRAMS = ("test_cuda", "test_cuda_rows", "test_cuda_launch")
+# Undefined behaviour ends a run: misaligned 128-bit accesses, shifts and indices out of range.
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=all",
+    "-DFLATKERN_EMULATE",
+    f"-I{CPP}",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(not CUDA.is_dir(), reason="an installed copy has no csrc"),
+]
+
+
+def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
+    target = folder / f"{source.name}.o"
+    subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """One program per test, linked from the kernels' objects."""
+    folder = tmp_path_factory.mktemp("emulated")
+    portable = ["-std=c++20", "-O2", "-ffp-contract=off", "-Wno-maybe-uninitialized"]
+    jobs = [(source, FLAGS) for source in sorted(CUDA.glob("*.cu"))]
+    jobs += [(CPP / f"{name}.cpp", FLAGS) for name in PROGRAMS]
+    jobs += [(ROOT / "csrc/cpu/isa_portable.cpp", portable)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        built = list(pool.map(lambda job: compile_object(job[0], folder, job[1]), jobs))
+    shared = [path for path in built if not path.name.startswith("test_")]
+    for name in PROGRAMS:
+        objects = [folder / f"{name}.cpp.o", *shared]
+        command = ["g++", "-fsanitize=undefined", *objects, "-o", folder / name]
+        subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_emulated(programs, name):
+    result = subprocess.run([programs / name], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

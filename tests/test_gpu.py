@@ -1,0 +1,138 @@
+"""What only a GPU can show: graphs, streams, no synchronisation, more than 2^31 elements."""
+
+import math
+
+import pytest
+import torch
+from tolerances import assert_same_bits
+
+import flatkern
+from flatkern import ops
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=("cuda", "triton"))
+def backend(request):
+    if request.param not in flatkern.available_backends("cuda"):
+        pytest.skip(f"{request.param} is not usable here")
+    with flatkern.backend(request.param):
+        yield request.param
+
+
+def problem(rows=300, cols=520, dtype=torch.bfloat16, rank=4):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, cols, generator=generator).to(dtype).cuda()
+    lora_A = torch.randn(rank, cols, generator=generator).cuda()
+    lora_B = torch.randn(rows, rank, generator=generator).cuda()
+    scale = (torch.rand(rows, generator=generator) * 0.1).cuda()
+    return weight, lora_A, lora_B, scale, flatkern.NoiseKey(1, 2, 3, 4).to("cuda")
+
+
+def all_ops(weight, lora_A, lora_B, scale, key):
+    """Every op once, on copies; all results."""
+    rows, cols = weight.shape
+    x = torch.ones(3, cols, dtype=weight.dtype, device="cuda", requires_grad=True)
+    perturbed, merged = weight.clone(), weight.clone()
+    ops.perturb_(perturbed, scale, key)
+    restored = perturbed.clone()
+    ops.restore_(restored, scale, key)
+    c = ops.perturb_merged_(merged, lora_A, lora_B, 0.5, 0.1, key)
+    y = ops.noisy_linear(x, weight, None, lora_A, lora_B, 0.5, scale, key)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    return [
+        ops.philox_bits(rows, cols, key),
+        ops.noise(rows, cols, key),
+        ops.row_norm(weight, lora_A, lora_B, 0.5),
+        ops.perturb(weight, scale, key, dtype=torch.float16),
+        *(perturbed, restored, merged, c, y, grad),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_graph_replays_with_the_noise_of_the_key_in_its_tensor(backend, dtype):
+    arguments = problem(dtype=dtype)
+    key, scale = arguments[-1], arguments[-2]
+    all_ops(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = all_ops(*arguments)
+    for step in (7, 8):
+        key.copy_(flatkern.NoiseKey(1, step, 3, 4).to("cuda"))
+        scale.mul_(1.5)
+        graph.replay()
+        for got, expected in zip(captured, all_ops(*arguments), strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_nothing_synchronises(backend):
+    arguments = problem()
+    all_ops(*arguments)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        all_ops(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_kernels_run_on_the_current_stream(backend):
+    weight, *_, scale, key = problem()
+    expected = ops.perturb(weight, scale, key)
+    late = torch.zeros_like(weight)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # A kernel on another stream would read zeros.
+        torch.cuda._sleep(100_000_000)
+        late.copy_(weight)
+        got = ops.perturb(late, scale, key)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_kernels_run_on_the_tensors_device(backend):
+    arguments = problem()
+    expected = [result.cpu() for result in all_ops(*arguments)]
+    moved = [argument.to("cuda:1") for argument in arguments]
+    for got, one in zip(all_ops(*moved), expected, strict=True):
+        assert_same_bits(got.cpu(), one)
+
+
+@pytest.mark.parametrize("cols", [8, 100, 4096, 4097, 12000])
+@pytest.mark.parametrize("rows", [1, 3, 4500])
+@pytest.mark.parametrize("rank", [0, 5, 40])
+def test_fused_bits_are_those_of_the_parts(backend, rows, cols, rank):
+    weight, lora_A, lora_B, _, key = problem(rows, cols, rank=max(rank, 1))
+    adapters = (lora_A, lora_B) if rank else (None, None)
+    parts = weight.clone()
+    c = ops.row_norm(parts, *adapters, 0.5) * (0.1 / math.sqrt(cols))
+    ops.perturb_(parts, c, key)
+    got = ops.perturb_merged_(weight, *adapters, 0.5, 0.1, key)
+    assert_same_bits(got, c)
+    assert_same_bits(weight, parts)
+
+
+@pytest.mark.parametrize("cols", [4096, 4100, 4097])
+def test_beyond_int32(backend, cols):
+    rows = 2**31 // cols + 40
+    if torch.cuda.mem_get_info()[0] < 3 * 4 * rows * cols:
+        pytest.skip("needs 26 GB")
+    key = flatkern.NoiseKey(1, 2, 3, 4).to("cuda")
+    last = slice(rows - 20, rows)
+    z = ops.noise(rows, cols, key)
+    assert_same_bits(z[last], ops.noise(20, cols, key, row_offset=rows - 20))
+    del z
+    weight = torch.ones(rows, cols, dtype=torch.bfloat16, device="cuda")
+    scale = torch.full((rows,), 0.1, device="cuda")
+    expected = ops.perturb(weight[last], scale[last], key, row_offset=rows - 20)
+    ops.perturb_(weight, scale, key)
+    assert_same_bits(weight[last], expected)
+    norm = ops.row_norm(weight)
+    assert_same_bits(norm[last], ops.row_norm(weight[last]))
+    tail = weight[last].clone()
+    c = ops.perturb_merged_(tail, None, None, 1.0, 0.1, key, row_offset=rows - 20)
+    assert_same_bits(ops.perturb_merged_(weight, None, None, 1.0, 0.1, key)[last], c)
+    assert_same_bits(weight[last], tail)

@@ -1,0 +1,137 @@
+"""bench/gpu.py without a GPU: the rehearsal, and what its tables make of outcomes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("an installed copy has no bench", allow_module_level=True)
+pytest.importorskip("tabulate")
+sys.path.insert(0, str(ROOT))
+
+from bench import gpu, gpu_table  # noqa: E402
+from bench.gpu_ops import Cell, plan  # noqa: E402
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def files():
+    kept = [path for path in (ROOT / "bench").rglob("*") if "__pycache__" not in path.parts]
+    return sorted((path, path.stat().st_mtime_ns) for path in kept if path.is_file())
+
+
+def test_rehearsal():
+    before = files()
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--rehearse"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("REHEARSAL, no GPU\n")
+    assert run.stdout.rstrip().endswith("nothing was measured, nothing was kept")
+    assert files() == before
+    table = run.stdout[run.stdout.index("## Ops") :]
+    for cell in plan(rehearse=True):
+        assert cell.op.split()[0] in table
+    ops, linear, claims, parts = table.split("\n## ")
+    for line in ops.splitlines()[4:]:
+        columns = [column.strip() for column in line.split("|")[1:-1]]
+        # Predictions apart, nothing but names and what was not run.
+        assert set(columns[5:]) <= {"not run", ""}, line
+    assert "not run" in linear
+    assert "| tests " in parts
+    assert "failed" not in claims + parts.replace("0 failed", "")
+
+
+def test_a_rehearsal_is_the_only_way_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
+    assert gpu.main() == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def outcomes(seconds):
+    """Every cell of a complete run, all of them equally fast but for a copy twice as slow."""
+    factor = {"copy": 2, "published": 10}
+    return {
+        cell: {"status": "ok", "seconds": seconds * factor.get(cell.provider, 1)}
+        for cell in plan(rehearse=False)
+    }
+
+
+def row(table, *start):
+    for line in table.splitlines():
+        columns = [column.strip() for column in line.split("|")[1:-1]]
+        if columns[: len(start)] == list(start):
+            return columns[len(start) :]
+    raise AssertionError(f"no row {start} in\n{table}")
+
+
+def test_ops_beside_their_predictions():
+    table = gpu_table.ops_table(outcomes(30e-6), H100)
+    # 2 x 2 bytes x 4096^2 over 3.0 TB/s; a copy takes 60 us.
+    got = row(table, "perturb", "4096x4096", "bfloat16")
+    assert got == ["22.4", "90 %", "30.0", "200%", "30.0", "200%", "10.0x", "1.0x", "1.0x"]
+    # Reads half of what the copy moves.
+    got = row(table, "row_norm", "11008x4096", "bfloat16")
+    assert got[:4] == ["30.1", "90 %", "30.0", "100%"]
+    assert row(gpu_table.ops_table(outcomes(1.0), "NVIDIA H200"), "perturb")[2] == "15.6"
+    assert row(gpu_table.ops_table(outcomes(1.0), "another"), "perturb")[2] == "none"
+
+
+def test_failed_cells_hold_no_number():
+    results = outcomes(30e-6)
+    broken = Cell("perturb", 4096, 4096, "bfloat16", "cuda")
+    results[broken] = {"status": "failed", "why": "gate: wrong"}
+    got = row(gpu_table.ops_table(results, H100), "perturb", "4096x4096", "bfloat16")
+    assert got[2:6] == ["failed", "", "30.0", "200%"]
+    claims = gpu_table.claims_table(results, H100)
+    assert row(claims, "perturb: triton over cuda")[1] == "failed"
+    assert row(claims, "triton: perturb_merged over perturb, fused") == ["1.0", "1.00"]
+    assert row(claims, "device copy, TB/s") == ["3.0", "1.12"]
+
+
+def test_noisy_linear_beside_its_predictions():
+    results = outcomes(30e-6)
+    slow = Cell("noisy_linear backward", 11008, 4096, "bfloat16", "triton", 512)
+    results[slow] = {"status": "ok", "seconds": 60e-6}
+    got = row(gpu_table.linear_table(results), "11008x4096", "512", "backward")
+    assert got == ["77", "30.0", "+142 %", "+0%", "+100%"]
+
+
+def test_judges(tmp_path):
+    assert gpu.by_exit_status(0, "") == ("ok", "")
+    assert gpu.by_exit_status(3, "one\nlast words\n") == ("failed", "exit 3: last words")
+    assert gpu.by_sanitizer(0, "========= ERROR SUMMARY: 0 errors")[0] == "ok"
+    assert gpu.by_sanitizer(9, "========= ERROR SUMMARY: 2 errors") == ("failed", "2 errors")
+    assert gpu.by_sanitizer(0, "Device not supported")[0] == "failed"
+    hazards = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    assert gpu.by_sanitizer(0, hazards)[0] == "failed"
+    report = tmp_path / "tests.xml"
+    assert gpu.by_junit(report)(1, "crashed") == ("failed", "exit 1: crashed")
+    report.write_text(
+        '<testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
+        "<failure/></testcase><testcase><skipped/></testcase></testsuite>"
+    )
+    assert gpu.by_junit(report)(1, "") == ("failed", "1 passed, 1 failed, 1 skipped: a::c")
+
+
+def test_parts_are_named_whatever_becomes_of_them():
+    parts = gpu.Parts(seconds=60)
+    parts.run("fails", [sys.executable, "-c", "print('why'); raise SystemExit(4)"], 60)
+    parts.run("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 5)
+    parts.run("is absent", ["/no/such/program"], 60)
+    parts.run("works", [sys.executable, "-c", ""], 60)
+    gpu.Parts.run(late := gpu.Parts(seconds=1), "late", ["true"], 60)
+    got = {part["name"]: (part["status"], part["detail"]) for part in parts.done + late.done}
+    assert got["fails"] == ("failed", "exit 4: why")
+    assert got["hangs"] == ("failed", "stopped after 5 s")
+    assert got["is absent"][0] == "failed"
+    assert got["works"] == ("ok", "")
+    assert got["late"] == ("not run", "no time left")
