@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -131,70 +132,69 @@ def _matching(lines: list[Line], pattern: str) -> int:
     return sum(bool(re.match(pattern, line.text)) for line in lines)
 
 
-def analyse(cubin: Path, arch: int, element_bytes: int | None = None) -> list[Report]:
+def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
     """A report for each kernel of a cubin; the size of a stored element may come from its name."""
-    command = [tool("nvdisasm"), "-c", str(cubin)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    command = [tool("cuobjdump"), "-res-usage", str(cubin)]
-    usage = subprocess.run(command, check=True, capture_output=True, text=True)
-    resources = re.findall(
-        r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr
-    )
-    registers = {name: (int(count), int(stack)) for name, count, stack in resources}
+    text = _run("nvdisasm", "-c", str(cubin))
+    arch = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)", text)
+    usage = _run("cuobjdump", "-res-usage", str(cubin))
+    resources = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage)
+    }
     reports = []
-    for name, lines in parse(text).items():
+    for symbol, lines in parse(text).items():
+        name = demangle(symbol)
         hot, is_loop = hot_part(lines)
         elements = wide_bytes(hot) // (element_bytes or stored_bytes(name))
+        registers, stack = resources[symbol]
         reports.append(
             Report(
                 kernel=name,
-                arch=arch,
+                arch=int(arch[1] or arch[2]),
                 per_element=round(count(hot) / elements, 2) if elements else None,
                 loop=is_loop,
                 loads=widths(hot, "LDG"),
                 stores=widths(hot, "STG"),
                 shared=_matching(hot, r"LDS|STS|LDSM|STSM|SHFL|ATOMS"),
                 spills=_matching(lines, r"LDL|STL"),
-                spill_bytes=registers[name][1],
-                registers=registers[name][0],
+                spill_bytes=stack,
+                registers=registers,
                 instructions=count(lines),
             )
         )
     return reports
 
 
+def _run(name: str, *arguments: str, **options: Any) -> str:
+    run = subprocess.run(
+        [tool(name), *arguments], check=True, capture_output=True, text=True, **options
+    )
+    return run.stdout
+
+
+def demangle(symbol: str) -> str:
+    """`name<template arguments>` of a C++ symbol, namespaces left out; others as they are."""
+    if not symbol.startswith("_Z") or shutil.which("c++filt") is None:
+        return symbol
+    name = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout
+    name = re.sub(r"\(.*", "", name.strip()).removeprefix("void ")
+    return re.sub(r"\w+::", "", name)
+
+
 def stored_bytes(name: str) -> int:
-    """Size of the elements that a CUDA kernel stores: the last dtype in its (mangled) name."""
-    sizes = {"BFloat16": 2, "Float16": 2, "bf16": 2, "fp16": 2, "half": 2, "float": 4, "If": 4}
-    found = re.findall(r"BFloat16|Float16|bf16|fp16|half|float|If", name)
+    """Size of the elements that a kernel stores: by the last dtype in its name."""
+    sizes = {"BFloat16": 2, "Float16": 2, "bf16": 2, "fp16": 2, "half": 2, "float": 4, "bits": 8}
+    found = re.findall("|".join(sizes), name)
     return sizes[found[-1]] if found else 4
 
 
-def cubins(file: Path, folder: Path) -> list[tuple[Path, int]]:
-    """Cubins of a cubin or of a shared object (extracted to `folder`), with their architectures."""
-    if file.suffix == ".cubin":
-        found = [file.resolve()]
-    else:
-        command = [tool("cuobjdump"), "-xelf", "all", str(file.resolve())]
-        subprocess.run(command, check=False, capture_output=True, cwd=folder)
-        found = sorted(folder.glob("*.cubin"))
-    return [(cubin, _arch_of(cubin)) for cubin in found]
-
-
-def _arch_of(cubin: Path) -> int:
-    command = [tool("cuobjdump"), "-elf", str(cubin)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True)
-    match = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)|arch = sm_(\d+)", text.stdout)
-    if match is None:
-        raise ValueError(f"cuobjdump does not say which architecture {cubin} is for")
-    return int(next(group for group in match.groups() if group))
-
-
 def analyse_file(file: Path) -> list[Report]:
-    """Reports of all kernels in a cubin or shared object."""
+    """Reports of all kernels in a cubin, or in a shared object's cubins."""
+    if file.suffix == ".cubin":
+        return analyse(file)
     with tempfile.TemporaryDirectory() as folder:
-        found = cubins(file, Path(folder))
-        return [report for cubin, arch in found for report in analyse(cubin, arch)]
+        _run("cuobjdump", "-xelf", "all", str(file.resolve()), cwd=folder)
+        return [report for cubin in sorted(Path(folder).glob("*.cubin")) for report in analyse(cubin)]
 
 
 def table(reports: list[Report]) -> str:

@@ -163,7 +163,7 @@ def report_of(launch: Launch, arch: int, element_bytes: int, name: str) -> Repor
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compile_for(launch, arch))
-        (found,) = analyse(cubin, arch, element_bytes)
+        (found,) = analyse(cubin, element_bytes)
     return replace(found, kernel=f"Triton {name}")
 
 

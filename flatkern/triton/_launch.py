@@ -79,7 +79,7 @@ class NormTile:
 
 # Not a function of the weight's shape, which would change the order of a row's sum. Its rows share
 # one split of A into parts; its columns keep the registers of both tiles in bounds.
-NORM_TILE = NormTile(32, 128)
+NORM_TILE = NormTile(32, 1024 if INTERPRETED else 128)
 
 
 def adapters(rank: int) -> str:

@@ -1,0 +1,54 @@
+"""Runs Triton's kernels in its interpreter, in a process of its own: the switch is an import's."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+# Slow where a kernel is interpreted, or about something else than what a kernel computes.
+LEFT_OUT = (
+    "no_temporary",
+    "chosen_words",
+    "threads",
+    "random_coordinates",
+    "standard_normal",
+    "correlated",
+    "come_together",
+    "tails",
+    "compiled",
+    "version_counter",
+    "backward",
+    "gradient",
+    "overlaps",
+    "constant_to_autograd",
+    # numpy, which interprets, computes as PyTorch is told.
+    "flush_denormal",
+)
+SELECTIONS = {
+    "kernels": ["triton/test_kernels.py"],
+    "noise and perturb": ["ops/test_noise.py", "ops/test_perturb.py"],
+    "row_norm and perturb_merged": ["ops/test_row_norm.py", "ops/test_perturb_merged.py"],
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_interpreted(selection):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FLATKERN_TEST_REQUIRE": "triton"}
+    environment.pop("FLATKERN_BACKEND", None)
+    chosen = "" if selection == "kernels" else f"triton and not ({' or '.join(LEFT_OUT)})"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
+    # Infinities and NaN are meant; numpy warns of them.
+    command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
+    command += [str(TESTS / file) for file in SELECTIONS[selection]]
+    run = subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+    assert " skipped" not in run.stdout, "FLATKERN_TEST_REQUIRE lets nothing of Triton skip"
