@@ -16,7 +16,7 @@ constexpr NoiseKey kKey = {0x01234567u, 0x89ABCDEFu, 5u, 0xFFFFFFFFu};
 constexpr int64_t kColumns[] = {1, 3, 4, 7, 31, 32, 33, 63, 64, 65, 1000, 4095, 4096, 4099, 8200};
 constexpr uint64_t kColumnOffsets[] = {0, 1, 2, 3, 6, (1ull << 33) + 5};
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
-constexpr int64_t kRows = 6;
+constexpr int64_t kRows = 7;
 
 int failures = 0;
 
@@ -60,7 +60,7 @@ std::vector<float> noise_of(const Kernels& k, int64_t cols, uint64_t col_offset)
 
 std::vector<char> perturbed(const Kernels& k, bool restore, std::vector<char> weight, Dtype from,
                             Dtype to, int64_t cols, bool elementwise) {
-  std::vector<float> scale = {0.5f, 1e-3f, 0.0f, NAN, INFINITY, 3e38f};
+  std::vector<float> scale = {0.5f, 1e-3f, 0.0f, -0.0f, NAN, INFINITY, 3e38f};
   std::vector<char> out(kRows * cols * size_of(to));
   const PerturbArgs args = {window(cols, 2), weight.data(), out.data(), from, to, cols, cols,
                             scale.data(),    elementwise};
