@@ -22,12 +22,14 @@ CXX_FLAGS = [
 ]
 
 
-def say(message: str) -> None:
-    print(f"flatkern: {message}", file=sys.stderr)
-
-
 def pure_python(reason: str) -> dict:
-    say(f"{reason}; installing without native kernels (pure PyTorch still does everything).")
+    # pip runs this file several times; only the run that builds speaks.
+    if {"bdist_wheel", "editable_wheel"} & set(sys.argv):
+        print(
+            f"flatkern: {reason}; installing without native kernels "
+            "(pure PyTorch does everything, slower)",
+            file=sys.stderr,
+        )
     return {}
 
 
@@ -44,7 +46,9 @@ def extension() -> dict:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        return pure_python("torch is not importable here (pip install --no-build-isolation builds)")
+        return pure_python(
+            "torch is not importable in this build (pip install --no-build-isolation)"
+        )
     if sys.platform != "linux":
         return pure_python(f"native kernels are built on Linux only, this is {sys.platform}")
     version = compiler_version(cpp_extension.get_cxx_compiler())

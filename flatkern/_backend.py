@@ -30,7 +30,10 @@ _named: str = os.environ.get("FLATKERN_BACKEND", "auto")
 def _load_extension() -> tuple[ModuleType | None, str]:
     """Import `flatkern._C`; return it, or None and the reason."""
     if importlib.util.find_spec("flatkern._C") is None:
-        return None, "flatkern._C was not built: it needs a C++ compiler at installation"
+        return None, (
+            "flatkern._C was not built: "
+            "pip install --no-build-isolation with a C++ compiler builds it"
+        )
     try:
         return importlib.import_module("flatkern._C"), ""
     except ImportError as error:

@@ -178,14 +178,14 @@ def _select_perturb(
     return out
 
 
-def _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset):
+def _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset, argument="dtype"):
     check_values("perturb", weight, row_scale, key, row_offset, col_offset)
-    if dtype is not None and dtype not in _check.FLOAT_DTYPES:
+    accepted = [d for d in _check.FLOAT_DTYPES if d != torch.float64 or weight.dtype == d]
+    if dtype is not None and dtype not in accepted:
+        names = " or ".join(str(d).removeprefix("torch.") for d in accepted)
         raise ValueError(
-            f"perturb: dtype must be float32, bfloat16, float16 or float64, got {dtype}"
+            f"perturb: {argument} must be {names} for a {weight.dtype} weight, got {dtype}"
         )
-    if dtype == torch.float64 and weight.dtype != torch.float64:
-        raise ValueError(f"perturb: dtype must not be wider than float32 for {weight.dtype}")
 
 
 def _fake_perturb(
@@ -196,7 +196,7 @@ def _fake_perturb(
 
 
 def _check_out(weight, row_scale, key, row_offset, col_offset, out):
-    _check_perturb(weight, row_scale, key, out.dtype, row_offset, col_offset)
+    _check_perturb(weight, row_scale, key, out.dtype, row_offset, col_offset, "out")
     _check.weight("perturb", out, "out")
     if out.shape != weight.shape or out.device != weight.device:
         _check.refuse("perturb", "out", f"{list(weight.shape)} on {weight.device}", out)
