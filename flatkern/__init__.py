@@ -1,6 +1,21 @@
 """flatkern: training under weight noise, as cheap as ordinary training."""
 
-from flatkern._version import __version__
-from flatkern import noise, ops
+from flatkern import methods, nn, noise, ops
 from flatkern._backend import available_backends, backend, build_info
-from flatkern.noise import NoiseKey
+from flatkern._version import __version__
+from flatkern.noise import NoiseKey, WeightNoise, constant, cosine_ramp
+
+__all__ = [
+    "NoiseKey",
+    "WeightNoise",
+    "__version__",
+    "available_backends",
+    "backend",
+    "build_info",
+    "constant",
+    "cosine_ramp",
+    "methods",
+    "nn",
+    "noise",
+    "ops",
+]

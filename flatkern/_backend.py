@@ -74,6 +74,11 @@ def available_backends(device_type: str = "cpu") -> list[str]:
     return [name for name in names if _why_unusable(name) is None]
 
 
+def named() -> str:
+    """The current choice: "auto" or the name of a backend."""
+    return _named
+
+
 def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | None = None) -> str:
     """The backend that an op takes for a tensor of this device type and dtype.
 

@@ -92,19 +92,24 @@ def noisy_linear(
         lora_A,
         lora_B,
         scaling,
-        row_scale,
+        row_scale.detach(),
         key,
         elementwise=elementwise,
         scratch_bytes=scratch_bytes,
         row_offset=row_offset,
         col_offset=col_offset,
-        # Both are read here, while tracing too: a compiled graph runs with autocast off.
-        compute_dtype=autocast_dtype(x.device.type),
+        # Read here, where torch.compile traces: a compiled graph runs with autocast off, and
+        # forward and backward must take one backend even if the choice changes between them.
+        compute_dtype=autocast_dtype(x),
+        backend=_backend.named(),
     )
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for, or None where it is off."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for where x enters a product, or None to leave it."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
@@ -122,8 +127,10 @@ def _check_values(
         _check.refuse(op, "x", f"floating [..., {cols}]", x)
     if x.device != weight.device:
         _check.refuse(op, "x", f"on the weight's device {weight.device}", x)
-    if bias is not None and (bias.shape != (rows,) or bias.device != weight.device):
-        _check.refuse(op, "bias", f"[{rows}] on {weight.device} or None", bias)
+    if bias is not None:
+        right = bias.shape == (rows,) and bias.device == weight.device
+        if not right or bias.dtype not in _check.FLOAT_DTYPES:
+            _check.refuse(op, "bias", f"floating [{rows}] on {weight.device} or None", bias)
     _check.adapters(op, lora_A, lora_B, scaling, (rows, cols), weight.device)
     if scratch_bytes is not None and scratch_bytes < 1:
         _check.refuse(op, "scratch_bytes", "at least 1 or None", scratch_bytes)
@@ -272,9 +279,8 @@ def _save(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(x, weight, lora_A, lora_B, row_scale, key)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.options = dict(keyword_only_inputs)
-    # Backward must see the forward's noise: the same implementation and the same rounding.
-    ctx.options["compute_dtype"] = ctx.options["compute_dtype"] or None
-    if ctx.options["backend"] is None:
+    # Backward must see the forward's noise, whatever is chosen by then.
+    if ctx.options["backend"] in (None, "auto"):
         ctx.options["backend"] = _backend.resolve(weight.device.type, weight.dtype)
 
 

@@ -1,0 +1,285 @@
+"""A linear layer with a low-rank adapter that can see its weight through noise."""
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from flatkern.ops import _check
+from flatkern.ops.noisy_linear import autocast_dtype
+
+_OP = "LoRALinear"
+_INITS = (True, False, "gaussian")
+
+
+def check_options(
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_rslora: bool,
+    init_lora_weights: bool | str,
+) -> None:
+    """TypeError or ValueError unless `LoRALinear` accepts these options."""
+    _check.kinds(_OP, int, r=r)
+    _check.kinds(_OP, (float, int), lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+    _check.kinds(_OP, bool, use_rslora=use_rslora)
+    if r < 1:
+        _check.refuse(_OP, "r", "at least 1", r)
+    if not (math.isfinite(lora_alpha) and lora_alpha > 0):
+        _check.refuse(_OP, "lora_alpha", "finite and above 0", lora_alpha)
+    if not 0 <= lora_dropout < 1:
+        _check.refuse(_OP, "lora_dropout", "in [0, 1)", lora_dropout)
+    if init_lora_weights not in _INITS:
+        _check.refuse(_OP, "init_lora_weights", "True, False or 'gaussian'", init_lora_weights)
+
+
+def check_linear(linear: nn.Module, name: str = "linear") -> None:
+    """TypeError or ValueError unless a `LoRALinear` can take the place of `linear`."""
+    what = f"{_OP}: {name} must be nn.Linear, got {type(linear).__name__}"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        raise TypeError(f"{what}: nn.MultiheadAttention reads its weight and never calls it")
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(what)
+    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
+        raise TypeError(f"{what} with a forward of its own, which would be lost")
+    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+        raise TypeError(f"{what} whose weight is not a parameter (parametrized or pruned)")
+    if linear.weight.dtype not in _check.FLOAT_DTYPES:
+        accepted = "float32, bfloat16, float16 or float64"
+        _check.refuse(_OP, f"{name}.weight", accepted, linear.weight)
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        raise ValueError(f"{_OP}: {name} must have no hooks, which would be lost; remove them")
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T + b + s B A dropout(x), where W and b are frozen and A and B are trained.
+
+    Outside a window of `flatkern.WeightNoise` this is PEFT's LoRA layer, bit for bit on the same
+    values. Inside a virtual window the base product uses W + noise, regenerated in backward; the
+    weight itself is not written. Source: Hu et al., "LoRA", 2021, equation 3.
+
+    Attributes:
+        weight: [out_features, in_features], frozen.
+        bias: [out_features], frozen, or None.
+        lora_A: [r, in_features]; float32 over a 16-bit weight, else of the weight's dtype.
+        lora_B: [out_features, r], of lora_A's dtype.
+        scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        in_features, out_features, r, lora_alpha, use_rslora: as given.
+        lora_dropout: the dropout module in front of A.
+        merged: whether `weight` holds W + s B A at the moment.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """A new layer; weight and bias start as in nn.Linear.
+
+        Args:
+            in_features, out_features: sizes, at least 1.
+            r: rank, at least 1.
+            lora_alpha: numerator of the scaling, finite and above 0.
+            lora_dropout: probability in [0, 1), of the adapter's input alone.
+            use_rslora: divide by sqrt(r), not r (Kalajdzievski, 2023).
+            init_lora_weights: True (A as nn.Linear, B = 0), "gaussian" (A with standard deviation
+                1 / r, B = 0) or False (both as nn.Linear), as in PEFT.
+            bias: whether there is one.
+            device, dtype: of the weight; float32, bfloat16, float16 or float64.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or value.
+        """
+        super().__init__()
+        _check.kinds(_OP, int, in_features=in_features, out_features=out_features)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                _check.refuse(_OP, name, "at least 1", size)
+        check_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        check_linear(linear)
+        self._build(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> Self:
+        """A layer around `linear`'s own weight and bias parameters, which are shared and frozen.
+
+        Args:
+            linear: an nn.Linear; a subclass only if it inherits nn.Linear's forward.
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in the constructor.
+
+        Raises:
+            TypeError: `linear` is not an nn.Linear, or computes something of its own.
+            ValueError: an option out of range, a weight dtype without ops, hooks on `linear`.
+        """
+        check_linear(linear)
+        check_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._build(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        return layer
+
+    def _build(
+        self,
+        linear: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init_lora_weights: bool | str,
+    ) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
+        like = {"device": self.weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **like))
+        self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **like))
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        # The weight's clean bits while it is merged; moves with the module, is never saved.
+        self.register_buffer("_clean_weight", None, persistent=False)
+        # What this layer sees of an open window (`noise.targets.Target`): a plain object, so that
+        # no Module.to casts it and no state_dict names it.
+        self._window: Any = None
+        self._init_adapters(init_lora_weights)
+        self.train(linear.training)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def _init_adapters(self, init_lora_weights: bool | str) -> None:
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights:
+            nn.init.zeros_(self.lora_B)
+        else:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype that nn.Linear would return."""
+        window = self._window
+        noisy = window is not None and window.noisy
+        # Dropout gives the adapter another input than the base product has.
+        fused = noisy and not (self.training and self.lora_dropout.p > 0)
+        result = self._noisy(x, window, fused) if noisy else F.linear(x, self.weight, self.bias)
+        if fused or self.merged:
+            return result
+        branch = self.lora_dropout(x.to(self.lora_A.dtype))
+        branch = F.linear(F.linear(branch, self.lora_A), self.lora_B)
+        return (result + branch * self.scaling).to(result.dtype)
+
+    def _noisy(self, x: Tensor, window: Any, adapters: bool) -> Tensor:
+        dtype = autocast_dtype(x)
+        return torch.ops.flatkern.noisy_linear(
+            # The op returns x's dtype; F.linear would return autocast's.
+            x if dtype is None else x.to(dtype),
+            self.weight,
+            self.bias,
+            self.lora_A if adapters else None,
+            self.lora_B if adapters else None,
+            self.scaling,
+            window.row_scale,
+            window.key,
+            compute_dtype=dtype,
+            backend=window.backend,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds W + s B A at the moment."""
+        return self._clean_weight is not None
+
+    def merged_weight(self) -> Tensor:
+        """W + s B A of the clean W, in the weight's dtype, rounded once; a new tensor."""
+        clean = self._clean_weight if self.merged else self.weight
+        if self._window is not None:
+            clean = self._window.clean_weight()
+        with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
+            wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+            delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)) * self.scaling
+            return (clean + delta).to(clean.dtype)
+
+    def merge(self) -> None:
+        """Write W + s B A into `weight`; nothing happens if it is there already.
+
+        The clean bits are kept beside it until `unmerge`: one more copy of the weight. While
+        merged the adapters are not used, `state_dict` gives the clean weight, and loading one is
+        refused.
+
+        Raises:
+            RuntimeError: a window of `WeightNoise` is open.
+        """
+        self.require_closed("merge")
+        if not self.merged:
+            merged = self.merged_weight()
+            self._clean_weight = self.weight.detach().clone()
+            with torch.no_grad():
+                self.weight.copy_(merged)
+
+    def unmerge(self) -> None:
+        """Put the exact bits of the clean weight back; nothing happens if it is not merged.
+
+        Raises:
+            RuntimeError: a window of `WeightNoise` is open.
+        """
+        self.require_closed("unmerge")
+        if self.merged:
+            with torch.no_grad():
+                self.weight.copy_(self._clean_weight)
+            self._clean_weight = None
+
+    def require_closed(self, action: str) -> None:
+        """RuntimeError while a window of `WeightNoise` is open, paused or not."""
+        if self._window is not None:
+            raise RuntimeError(f"{_OP}: {action} inside a noise window; close the window first")
+
+    def extra_repr(self) -> str:
+        """Sizes and options, for print(model)."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"
+        text += f", lora_alpha={self.lora_alpha:g}, bias={self.bias is not None}"
+        text += ", use_rslora=True" if self.use_rslora else ""
+        return text + (", merged=True" if self.merged else "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has no part in an open window."""
+        return self.__dict__ | {"_window": None}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            # The adapters are saved too: with the merged weight they would count twice.
+            destination[prefix + "weight"] = self._clean_weight
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"{_OP}: load_state_dict into {prefix}weight, which is merged; call unmerge() first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

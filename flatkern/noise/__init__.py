@@ -1,0 +1,7 @@
+"""Noise keys, schedules, scale strategies and the window that a model sees them through."""
+
+from flatkern.noise.keys import NoiseKey
+from flatkern.noise.schedules import constant, cosine_ramp
+from flatkern.noise.window import WeightNoise
+
+__all__ = ["NoiseKey", "WeightNoise", "constant", "cosine_ramp"]

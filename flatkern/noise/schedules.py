@@ -1,0 +1,39 @@
+"""Schedules: callables that take the 0-based optimizer step and return a factor of sigma."""
+
+import functools
+import math
+from collections.abc import Callable
+
+from flatkern.ops import _check
+
+Schedule = Callable[[int], float]
+
+
+def constant() -> Schedule:
+    """The factor 1 at every step."""
+    return _one
+
+
+def cosine_ramp(total_steps: int) -> Schedule:
+    """(1 - cos(pi t / T)) / 2, from 0 at step t = 0 to 1 at t = T, and 1 after that.
+
+    The first window of a ramp is noiseless. Source: Flat-LoRA (Li et al., 2024).
+
+    Args:
+        total_steps: T in optimizer steps, at least 1.
+
+    Raises:
+        TypeError, ValueError: `total_steps` is not an int, or below 1.
+    """
+    _check.kinds("cosine_ramp", int, total_steps=total_steps)
+    if total_steps < 1:
+        _check.refuse("cosine_ramp", "total_steps", "at least 1", total_steps)
+    return functools.partial(_cosine_ramp, total_steps)
+
+
+def _one(step: int) -> float:
+    return 1.0
+
+
+def _cosine_ramp(total_steps: int, step: int) -> float:
+    return 0.5 * (1.0 - math.cos(math.pi * min(step / total_steps, 1.0)))

@@ -1,0 +1,309 @@
+"""The window: the time in which a model sees its weights through noise."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatkern import _backend
+from flatkern.noise.keys import NoiseKey
+from flatkern.noise.schedules import Schedule, constant
+from flatkern.noise.strategies import STRATEGIES
+from flatkern.noise.targets import allocate, collect, fits, summarise
+from flatkern.ops import _check
+
+_OP = "WeightNoise"
+SCOPES = ("merged",)
+MODES = ("virtual", "inplace")
+RANKS = ("same", "independent")
+_DRAWS = 2**16
+
+
+@dataclass
+class _Open:
+    """The window that is open."""
+
+    step: int
+    sigma_t: float
+    advances: bool
+    paused: bool = False
+
+
+class WeightNoise:
+    """Seeded noise on a model's weights, seen inside windows and nowhere else.
+
+        noise = flatkern.WeightNoise(model, sigma=0.05)
+        with noise.window():
+            loss_fn(model).backward()
+        optimizer.step()
+
+    Inside a window every weight in scope is W_noisy = round(float32(W) + c_i z_ij). z depends on
+    (seed, step, draw, tensor number, i, j) alone: no random generator, clock or environment
+    variable is read. Both modes give the same bits:
+
+    - virtual: the layers regenerate the noise in forward and backward; W is never written.
+    - inplace: W is written at open; its exact bits come back at close, from a snapshot (memory:
+      one copy of every weight in scope, see `summary`). Everything that shares the tensor, such
+      as a tied embedding, sees the noise too.
+
+    A window covers forward and backward: a backward after its close raises a RuntimeError (not
+    where activation checkpointing recomputes the layers of an in-place window: then nothing of
+    the window was saved). Every exit from `window()` leaves the exact weights, whatever the
+    exception. `state_dict()` of the model is clean inside windows too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma: float = 0.05,
+        *,
+        strategy: str = "flat_lora",
+        scope: str = "merged",
+        mode: str = "virtual",
+        schedule: Schedule | None = None,
+        seed: int = 0,
+        ranks: str = "same",
+    ) -> None:
+        """Find the weights in scope; nothing is allocated or changed before the first window.
+
+        Args:
+            model: with `LoRALinear` layers; layers added later take no noise.
+            sigma: strength, finite and at least 0; its unit is the strategy's.
+            strategy: c from W' = W + s B A: "gaussian" (sigma), "row" (sigma ||W'_i||) or
+                "flat_lora" (sigma / sqrt(n) ||W'_i||).
+            scope: "merged": the base weights of LoRALinear layers.
+            mode: "virtual" or "inplace".
+            schedule: factor of sigma as a function of the 0-based step; None: constant.
+            seed: in [0, 2^32).
+            ranks: "same" noise on every rank of torch.distributed, or "independent".
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or value, or a model with nothing
+                to perturb.
+        """
+        _check.kinds(_OP, nn.Module, model=model)
+        _check.kinds(_OP, (float, int), sigma=sigma)
+        _check.kinds(_OP, Callable, optional=True, schedule=schedule)
+        _check.finite(_OP, "sigma", sigma, minimum=0.0)
+        _one_of(tuple(STRATEGIES), strategy=strategy)
+        _one_of(SCOPES, scope=scope)
+        _one_of(MODES, mode=mode)
+        _one_of(RANKS, ranks=ranks)
+        NoiseKey(seed)
+        self._targets = collect(model)
+        if not self._targets:
+            raise ValueError(
+                f"{_OP}: model must have LoRALinear layers, got nothing to perturb; "
+                "see flatkern.nn.replace_linear"
+            )
+        self._sigma = sigma
+        self._strategy = STRATEGIES[strategy]
+        self._mode = mode
+        self._schedule = schedule or constant()
+        self._seed = seed
+        self._ranks = ranks
+        self._next_step = 0
+        self._tables: list[Tensor] = []
+        self._open: _Open | None = None
+
+    @contextlib.contextmanager
+    def window(self, step: int | None = None, draw: int = 0) -> Iterator[None]:
+        """`open`, then `close` on any exit; only an exit without exception advances the step."""
+        # Before the try: an error here must not close the window that is open.
+        self._require_closed("open")
+        # Twice, so that Ctrl-C at any point, this block's own lines included, still restores.
+        try:
+            try:
+                self.open(step, draw)
+                yield
+                self.close()
+            finally:
+                self._end()
+        finally:
+            self._end()
+
+    def open(self, step: int | None = None, draw: int = 0) -> None:
+        """Open a window; on any error nothing is open and the weights are exactly clean.
+
+        Args:
+            step: 0-based optimizer step in [0, 2^32); None takes the internal counter, which
+                `close` then advances.
+            draw: in [0, 2^16), for several draws in one step.
+
+        Raises:
+            TypeError, ValueError: `step`, `draw` or what the schedule returned is out of range;
+                a weight that the ops refuse.
+            RuntimeError: a window is open on these layers, or one of them is merged.
+        """
+        self._require_closed("open")
+        advances = step is None
+        step = self._next_step if step is None else step
+        key = NoiseKey(self._seed, step, self._draw_word(draw))
+        sigma_t = self._sigma_at(step)
+        for target in self._targets:
+            for layer in target.layers:
+                layer.require_closed(f"open on {target.name}")
+                if layer.merged:
+                    raise RuntimeError(f"{_OP}: {target.name} is merged; call unmerge() first")
+        self._open = _Open(step, sigma_t, advances)
+        try:
+            self._fill(key, sigma_t)
+            for target in self._targets:
+                weight = target.weight
+                target.enter(_backend.resolve(weight.device.type, weight.dtype))
+            self._show()
+        except BaseException:
+            self._end()
+            raise
+
+    def close(self) -> None:
+        """Close the window, if one is open: exact weights, and the step counter advanced.
+
+        Interrupted, it finishes first. If a weight cannot be restored the error is raised, the
+        others are restored, and the window stays open: call it again.
+        """
+        window = self._open
+        if window is None:
+            return
+        try:
+            self._end()
+        finally:
+            self._end()
+        if window.advances:
+            self._next_step = window.step + 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Clean weights inside the open window; afterwards the same noise again, bit for bit.
+
+        The window stays open (`active`). Nests; does nothing if no window is open. In place, a
+        graph built before the pause can no longer be run backward after it.
+        """
+        window = self._open
+        if window is None or window.paused:
+            yield
+            return
+        window.paused = True
+        try:
+            for target in self._targets:
+                target.hide()
+            yield
+        finally:
+            if self._open is window:
+                self._resume(window)
+
+    def _resume(self, window: _Open) -> None:
+        try:
+            self._show()
+            window.paused = False
+        except BaseException:
+            self._end()
+            raise
+
+    @property
+    def active(self) -> bool:
+        """Whether a window is open, paused or not."""
+        return self._open is not None
+
+    @property
+    def step(self) -> int:
+        """The step of the open window; with none open, of the next."""
+        return self._next_step if self._open is None else self._open.step
+
+    @property
+    def sigma_t(self) -> float:
+        """sigma times the schedule's factor, of the open window; with none open, of the next."""
+        return self._sigma_at(self._next_step) if self._open is None else self._open.sigma_t
+
+    def summary(self) -> str:
+        """One line per weight (name, dtype, shape, tensor number, mode), then totals and bytes."""
+        return summarise(self._targets, self._mode)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs, beside the constructor's arguments: the seed and the step.
+
+        Raises:
+            RuntimeError: a window is open.
+        """
+        self._require_closed("state_dict")
+        return {"seed": self._seed, "step": self._next_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from `state_dict()`; nothing is changed on an error.
+
+        Raises:
+            RuntimeError: a window is open.
+            TypeError, ValueError: not what `state_dict` gives.
+        """
+        self._require_closed("load_state_dict")
+        _check.kinds(_OP, dict, state_dict=state_dict)
+        if state_dict.keys() != {"seed", "step"}:
+            raise ValueError(
+                f"{_OP}: state_dict must have the keys seed and step, got {sorted(state_dict)}"
+            )
+        NoiseKey(**state_dict)
+        self._seed, self._next_step = state_dict["seed"], state_dict["step"]
+
+    def _require_closed(self, action: str) -> None:
+        if self._open is not None:
+            raise RuntimeError(f"{_OP}: {action} while a window is open; close it first")
+
+    def _draw_word(self, draw: int) -> int:
+        _check.kinds(_OP, int, draw=draw)
+        if not 0 <= draw < _DRAWS:
+            _check.refuse(_OP, "draw", f"in [0, {_DRAWS})", draw)
+        independent = self._ranks == "independent" and torch.distributed.is_available()
+        if independent and torch.distributed.is_initialized():
+            return torch.distributed.get_rank() * _DRAWS + draw
+        return draw
+
+    def _sigma_at(self, step: int) -> float:
+        factor = float(self._schedule(step))
+        if not (math.isfinite(factor * self._sigma) and factor >= 0):
+            raise ValueError(f"{_OP}: schedule({step}) must be finite and at least 0, got {factor}")
+        return factor * self._sigma
+
+    def _fill(self, key: NoiseKey, sigma_t: float) -> None:
+        """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
+        if not all(map(fits, self._targets)):
+            self._tables = allocate(self._targets)
+        for table in self._tables:
+            for column, word in enumerate((key.seed, key.step, key.draw)):
+                table[:, column] = word
+        for target in self._targets:
+            target.scale(self._strategy, sigma_t)
+
+    def _show(self) -> None:
+        for target in self._targets:
+            target.show(self._mode)
+
+    def _end(self) -> None:
+        """End the window; where it is interrupted, calling it again continues."""
+        if self._open is None:
+            return
+        failure = None
+        # Backwards, so that weights which overlap in memory come out right as well.
+        for target in reversed(self._targets):
+            try:
+                target.leave()
+            except Exception as error:  # the other weights must be restored all the same
+                failure = error
+        if failure is not None:
+            raise failure
+        self._open = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused while a window is open: a copy could not close it."""
+        self._require_closed("copying or pickling")
+        return self.__dict__
+
+
+def _one_of(accepted: tuple[str, ...], **values: str) -> None:
+    for argument, value in values.items():
+        _check.kinds(_OP, str, **{argument: value})
+        if value not in accepted:
+            _check.refuse(_OP, argument, " or ".join(map(repr, accepted)), value)

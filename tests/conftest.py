@@ -1,0 +1,92 @@
+import os
+from dataclasses import dataclass
+
+# Before torch loads. Threads that wait in a spin take the tests three times as long on busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# cuBLAS asks for this before it runs under deterministic algorithms (poison_uninitialised).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+import flatkern
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of every op, and what its tests may expect of it."""
+
+    name: str
+    # In order of preference: Triton runs on CPU tensors where its interpreter is switched on.
+    device_types: tuple
+    # e = c*z is one product inside the radius: perturb is near float32(c*z) + W, not equal to it.
+    folds_scale: bool
+    float64: bool
+    # Denormals survive torch.set_flush_denormal(True).
+    ignores_flush_denormal: bool
+    # No temporary of the weight's size anywhere.
+    streams: bool
+
+    @property
+    def device(self):
+        """Where its tensors live, or None if it cannot run here."""
+        for device_type in self.device_types:
+            if self.name in flatkern.available_backends(device_type):
+                return torch.device(device_type)
+        return None
+
+
+IMPLEMENTATIONS = (
+    Implementation("reference", ("cpu",), False, True, False, False),
+    Implementation("cpu", ("cpu",), False, False, True, True),
+    Implementation("cuda", ("cuda",), True, False, True, True),
+    Implementation("triton", ("cuda", "cpu"), True, False, True, True),
+)
+
+# Names that must run: a skip of one of these is a failure, so that a broken build cannot pass.
+REQUIRED = os.environ.get("FLATKERN_TEST_REQUIRE", "reference").split(",")
+
+
+def why_unusable(name):
+    try:
+        with flatkern.backend(name):
+            return "its devices are absent"
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=lambda implementation: implementation.name)
+def implementation(request):
+    """Each implementation in turn, forced with flatkern.backend; skipped where it cannot run."""
+    chosen = request.param
+    if chosen.device is None:
+        reason = f"{chosen.name}: {why_unusable(chosen.name)}"
+        if chosen.name in REQUIRED:
+            pytest.fail(f"FLATKERN_TEST_REQUIRE names an implementation that cannot run: {reason}")
+        pytest.skip(reason)
+    with flatkern.backend(chosen.name):
+        yield chosen
+
+
+@pytest.fixture
+def device(implementation):
+    return implementation.device
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised():
+    """torch.empty is filled with NaN (the largest integer), so that an unwritten output is seen."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of CPU threads inside one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,277 @@
+"""Whatever ends a window, and wherever, the weights come back bit for bit."""
+
+import contextlib
+import sys
+
+import pytest
+import tolerances
+import torch
+from noisy_models import clean_weights, data, lora_layers, loss_of, make_model, seen_weight
+
+import flatkern
+from flatkern.noise import targets, window
+
+both_modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
+BACKEND = flatkern.build_info()["backend"]
+ERRORS = [RuntimeError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit]
+
+
+def assert_over(noise, model, before):
+    """No window is open, every bit is clean, nothing hangs on the modules; a next window works."""
+    assert not noise.active
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert flatkern.build_info()["backend"] == BACKEND
+    for layer in lora_layers(model):
+        assert layer._window is None
+    for module in model.modules():
+        assert not module._state_dict_hooks
+        assert not module._load_state_dict_pre_hooks
+    for name, value in model.state_dict().items():
+        tolerances.assert_same_bits(value, before[name])
+    with noise.window(step=0):
+        assert not torch.equal(seen_weight(model[1]), before["1.weight"])
+    for name, value in model.state_dict().items():
+        tolerances.assert_same_bits(value, before[name])
+
+
+@pytest.fixture
+def model():
+    return make_model(torch.bfloat16)
+
+
+@both_modes
+@pytest.mark.parametrize("error", ERRORS)
+def test_exception_in_the_body(model, mode, error):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode=mode)
+    with pytest.raises(error), noise.window():
+        raise error
+    assert noise.step == 0
+    assert_over(noise, model, before)
+
+
+@both_modes
+def test_exception_in_backward(model, mode):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode=mode)
+
+    def fail(grad):
+        raise ZeroDivisionError
+
+    def run():
+        y = model(data(torch.bfloat16))
+        y.register_hook(fail)
+        y.sum().backward()
+
+    with pytest.raises(ZeroDivisionError), noise.window():
+        run()
+    assert_over(noise, model, before)
+
+
+@both_modes
+def test_leaving_a_loop_or_a_function(model, mode):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode=mode)
+
+    def early():
+        with noise.window():
+            return loss_of(model, data(torch.bfloat16)).item()
+
+    early()
+    for _ in range(3):
+        with noise.window():
+            break
+    assert noise.step == 2
+    assert_over(noise, model, before)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.parametrize("op", ["row_norm", "perturb_"])
+@pytest.mark.parametrize("half_written", [False, True])
+def test_error_in_the_kth_layer(monkeypatch, model, error, failing, op, half_written):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    original, calls = getattr(flatkern.ops, op), []
+
+    def fail(weight, *args):
+        calls.append(weight)
+        if len(calls) == failing:
+            if half_written and op == "perturb_":
+                weight[0].fill_(7)
+            raise error
+        return original(weight, *args)
+
+    monkeypatch.setattr(flatkern.ops, op, fail)
+    for enter in (noise.open, noise.window().__enter__):
+        calls.clear()
+        with pytest.raises(error):
+            enter()
+        assert len(calls) == failing
+        assert noise.step == 0
+        assert not noise.active
+    monkeypatch.undo()
+    assert_over(noise, model, before)
+
+
+def test_out_of_memory_for_a_snapshot(monkeypatch, model):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    empty_like, calls = torch.empty_like, []
+
+    def fail(tensor):
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return empty_like(tensor)
+
+    monkeypatch.setattr(torch, "empty_like", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        noise.open()
+    monkeypatch.undo()
+    assert_over(noise, model, before)
+
+
+def test_snapshots_are_allocated_once(monkeypatch, model):
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    calls = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t: calls.append(t) or empty_like(t))
+    for _ in range(3):
+        with noise.window(), noise.paused():
+            pass
+    assert len(calls) == 3
+
+
+def test_a_layer_that_cannot_be_restored_does_not_keep_the_others(monkeypatch, model):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    noise.open()
+    restore = targets.Target._restore
+
+    def fail(target):
+        if target.name == "3.weight":
+            raise RuntimeError("no device")
+        restore(target)
+
+    monkeypatch.setattr(targets.Target, "_restore", fail)
+    with pytest.raises(RuntimeError, match="no device"):
+        noise.close()
+    tolerances.assert_same_bits(model[1].weight, before["1.weight"])
+    tolerances.assert_same_bits(model[4].weight, before["4.weight"])
+    # Still open: the snapshot of the third must not be overwritten by a next window.
+    assert noise.active
+    with pytest.raises(RuntimeError, match="while a window is open"):
+        noise.open()
+    monkeypatch.undo()
+    noise.close()
+    assert noise.step == 1
+    assert_over(noise, model, before)
+
+
+@pytest.mark.parametrize("failing", [4, 5, 6])
+def test_error_when_a_pause_ends(monkeypatch, model, failing):
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    perturb_, calls = flatkern.ops.perturb_, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise MemoryError
+        perturb_(*args)
+
+    monkeypatch.setattr(flatkern.ops, "perturb_", fail)
+    noise.open()
+    with pytest.raises(MemoryError), noise.paused():
+        pass
+    monkeypatch.undo()
+    assert_over(noise, model, before)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the nth line that is run in the window's own files."""
+
+    FILES = (window.__file__, targets.__file__)
+
+    def __init__(self, at):
+        self.left = at
+
+    def __enter__(self):
+        self.previous = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_):
+        sys.settrace(self.previous)
+
+    def trace(self, frame, event, argument):
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def every_interrupt(run):
+    """Call `run(interrupt)` with an interrupt at each line in turn, until one comes too late."""
+    for at in range(1, 2000):
+        interrupt = Interrupt(at)
+        try:
+            run(interrupt)
+        except KeyboardInterrupt:
+            continue
+        assert interrupt.left > 0
+        assert at > 30
+        return
+    raise AssertionError("the runs do not end")
+
+
+@both_modes
+@pytest.mark.parametrize("failing", [False, True])
+def test_ctrl_c_at_any_line(mode, failing):
+    model = make_model(torch.bfloat16, targets=("1", "4"))
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode=mode)
+
+    def body():
+        with noise.paused():
+            pass
+        if failing:
+            raise ZeroDivisionError
+
+    def run(interrupt):
+        try:
+            with contextlib.suppress(ZeroDivisionError), interrupt, noise.window():
+                body()
+        finally:
+            sys.settrace(interrupt.previous)
+            assert_over(noise, model, before)
+
+    every_interrupt(run)
+
+
+@both_modes
+def test_ctrl_c_in_close(mode):
+    model = make_model(torch.bfloat16, targets=("1", "4"))
+    before = clean_weights(model)
+    noise = flatkern.WeightNoise(model, 0.3, mode=mode)
+    unfinished = 0
+
+    def run(interrupt):
+        nonlocal unfinished
+        noise.open(step=0)
+        try:
+            with interrupt:
+                noise.close()
+        finally:
+            sys.settrace(interrupt.previous)
+            # Only before close's first statement is there nothing that could finish it.
+            unfinished += noise.active
+            noise.close()
+            assert_over(noise, model, before)
+
+    every_interrupt(run)
+    assert unfinished <= 3

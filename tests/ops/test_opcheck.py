@@ -1,0 +1,344 @@
+"""What PyTorch asks of an op: schema, fake, autograd, compilation; and indices beyond 2**31."""
+
+import pytest
+import tolerances
+import torch
+
+import flatkern
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KEY = (1, 2, 3, 4)
+OFFSETS = {"row_offset": 3, "col_offset": 6}
+OPS = torch.ops.flatkern
+
+
+def arguments(device, dtype=torch.float32, requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        tensor = torch.randn(shape, generator=generator).to(device, dtype)
+        return tensor.requires_grad_(requires_grad)
+
+    return {
+        "x": normal(2, 3, 9),
+        "weight": normal(5, 9),
+        "bias": normal(5),
+        "lora_A": normal(2, 9, dtype=torch.float32),
+        "lora_B": normal(5, 2, dtype=torch.float32),
+        "row_scale": torch.full((5,), 0.1, device=device),
+        "key": flatkern.NoiseKey(*KEY).to(device),
+    }
+
+
+def cases(device, dtype=torch.float32):
+    """(name, overload, args, kwargs) of representative calls."""
+    a = arguments(device, dtype)
+    weight, scale, key = a["weight"], a["row_scale"], a["key"]
+    differentiable = arguments(device, dtype, requires_grad=True)
+    adapters = a["lora_A"], a["lora_B"]
+    out = torch.empty_like(weight)
+    image = torch.ones(4, 2, 3, 3, dtype=dtype, device=device)
+    image_scale = torch.ones(4, device=device)
+    noisy_linear = [differentiable[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+    return [
+        ("philox_bits", OPS.philox_bits.default, (5, 9, key), OFFSETS),
+        ("noise", OPS.noise.default, (5, 9, key), OFFSETS),
+        ("noise empty", OPS.noise.default, (0, 9, key), {}),
+        ("row_norm", OPS.row_norm.default, (weight,), {}),
+        ("row_norm adapters", OPS.row_norm.default, (weight, *adapters, 2.0), {}),
+        ("perturb", OPS.perturb.default, (weight, scale, key), OFFSETS),
+        ("perturb grad", OPS.perturb.default, (differentiable["weight"], scale, key), {}),
+        ("perturb cast", OPS.perturb.default, (weight, scale, key), {"dtype": torch.bfloat16}),
+        ("perturb slice", OPS.perturb.default, (weight[:, 1:8], scale, key), {}),
+        ("perturb 4-D", OPS.perturb.default, (image, image_scale, key), {}),
+        ("perturb.out", OPS.perturb.out, (weight, scale, key), {"out": out}),
+        ("perturb_", OPS.perturb_.default, (weight, scale, key), {"elementwise": True, **OFFSETS}),
+        ("perturb_ 4-D", OPS.perturb_.default, (image, image_scale, key), {}),
+        ("restore_", OPS.restore_.default, (weight, scale, key), OFFSETS),
+        (
+            "perturb_merged_",
+            OPS.perturb_merged_.default,
+            (weight, *adapters, 2.0, 0.1, key),
+            {"row_offset": 3},
+        ),
+        (
+            "perturb_merged_ plain",
+            OPS.perturb_merged_.default,
+            (weight, None, None, 1.0, 0.1, key),
+            {},
+        ),
+        ("noisy_linear", OPS.noisy_linear.default, (*noisy_linear, 2.0, scale, key), OFFSETS),
+        (
+            "noisy_linear plain",
+            OPS.noisy_linear.default,
+            (a["x"], weight, None, None, None, 1.0, scale, key),
+            {"scratch_bytes": 64},
+        ),
+        (
+            "noisy_linear frozen",
+            OPS.noisy_linear.default,
+            (
+                differentiable["x"],
+                weight,
+                None,
+                differentiable["lora_A"],
+                differentiable["lora_B"],
+                1.0,
+                scale,
+                key,
+            ),
+            {"elementwise": True},
+        ),
+    ]
+
+
+NAMES = [case[0] for case in cases("cpu")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(device, name):
+    for dtype in (torch.float32, torch.bfloat16):
+        _, op, args, kwargs = cases(device, dtype)[NAMES.index(name)]
+        torch.library.opcheck(op, args, kwargs)
+
+
+def test_every_public_op_has_a_case():
+    public = {name for name in flatkern.ops.__all__ if hasattr(OPS, name)}
+    assert public >= {"philox_bits", "noise", "row_norm", "perturb", "perturb_", "restore_"}
+    assert public >= {"perturb_merged_", "noisy_linear"}
+    assert public == {name.split()[0] for name in NAMES} - {"perturb.out"}
+
+
+def signature(tensor):
+    strides = tensor.stride() if tensor.numel() else None
+    return tuple(tensor.shape), tensor.dtype, tensor.device.type, strides
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_tensors_have_the_real_shapes(device, name, dtype):
+    _, op, args, kwargs = cases(device, dtype)[NAMES.index(name)]
+    real = op(*args, **kwargs)
+    mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    _, op, args, kwargs = cases(device, dtype)[NAMES.index(name)]
+
+    def fake(value):
+        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    with mode:
+        result = op(*map(fake, args), **{key: fake(value) for key, value in kwargs.items()})
+    if real is None:
+        assert result is None
+    else:
+        assert signature(result) == signature(real)
+
+
+def compiled_functions(a, device):
+    """A function of one tensor for each op, whose results are tensors."""
+    ops = flatkern.ops
+    scale, key, adapters = a["row_scale"], a["key"], (a["lora_A"], a["lora_B"])
+
+    def in_place(op):
+        def function(weight):
+            weight = weight * 2
+            op(weight, scale, key, **OFFSETS)
+            return weight + 1
+
+        return function
+
+    def merged(weight):
+        weight = weight * 2
+        c = ops.perturb_merged_(weight, *adapters, 2.0, 0.1, key)
+        return weight, c
+
+    def out(weight):
+        result = torch.empty_like(weight)
+        ops.perturb(weight, scale, key, out=result)
+        return result * 2
+
+    return {
+        "philox_bits": lambda w: ops.philox_bits(*w.shape, key, **OFFSETS),
+        "noise": lambda w: w + ops.noise(*w.shape, key),
+        "row_norm": lambda w: ops.row_norm(w, *adapters, 2.0) * 2,
+        "perturb": lambda w: ops.perturb(w, scale, key, dtype=torch.bfloat16) * 2,
+        "perturb.out": out,
+        "perturb_": in_place(ops.perturb_),
+        "restore_": in_place(ops.restore_),
+        "perturb_merged_": merged,
+        "noisy_linear": lambda w: ops.noisy_linear(
+            a["x"], w, a["bias"], *adapters, 2.0, scale, key
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in NAMES}))
+def test_compiled_in_one_graph(device, name):
+    a = arguments(device)
+    function = compiled_functions(a, device)[name]
+    expected = function(a["weight"])
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(a["weight"])
+    if isinstance(expected, torch.Tensor):
+        expected, got = (expected,), (got,)
+    for after, before in zip(got, expected, strict=True):
+        tolerances.assert_same_bits(after, before)
+
+
+def test_compiled_with_sizes_that_change(device):
+    key = flatkern.NoiseKey(*KEY).to(device)
+
+    def function(x, weight, scale):
+        noisy = flatkern.ops.perturb(weight, scale, key)
+        norm = flatkern.ops.row_norm(weight)
+        y = flatkern.ops.noisy_linear(x, weight, None, None, None, 1.0, scale, key)
+        return noisy, norm, y, flatkern.ops.noise(*weight.shape, key)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m, n in ((5, 9), (8, 12), (3, 30)):
+        inputs = (
+            torch.ones(2, n, device=device),
+            torch.ones(m, n, device=device),
+            torch.ones(m, device=device),
+        )
+        for after, before in zip(compiled(*inputs), function(*inputs), strict=True):
+            tolerances.assert_same_bits(after, before)
+
+
+def test_compiled_noise_follows_the_data_of_key_and_scale(device):
+    # Neither is baked into the graph: one compilation, other noise.
+    weight = torch.ones(4, 16, device=device)
+    compiled = torch.compile(flatkern.ops.perturb, fullgraph=True, backend="aot_eager")
+    key, scale = flatkern.NoiseKey(*KEY).to(device), torch.full((4,), 0.1, device=device)
+    first = compiled(weight, scale, key)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        key[1] += 1
+        second = compiled(weight, scale, key)
+        assert not torch.equal(first, second)
+        tolerances.assert_same_bits(second, flatkern.ops.perturb(weight, scale, key))
+        scale.zero_()
+        assert torch.equal(compiled(weight, scale, key), weight)
+
+
+def noisy_step(x, weight, lora_A, lora_B, scale, key):
+    y = flatkern.ops.noisy_linear(x, weight, None, lora_A, lora_B, 2.0, scale, key)
+    return y.square().sum()
+
+
+def test_compiled_gradients(device):
+    compiled = torch.compile(noisy_step, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (noisy_step, compiled):
+        a = arguments(device, requires_grad=True)
+        inputs = [a[name] for name in ("x", "weight", "lora_A", "lora_B")]
+        function(*inputs, a["row_scale"], a["key"]).backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_function_follows_a_change_of_backend(implementation, device):
+    # Compiled under one backend and run under another, forward and backward still share the noise.
+    compiled = torch.compile(
+        lambda x, w, c, key: flatkern.ops.noisy_linear(x, w, None, None, None, 1.0, c, key),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    key = flatkern.NoiseKey(*KEY).to(device)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    scale = torch.full((64,), 0.1, device=device)
+    identity = torch.eye(64, device=device)
+    other = "auto" if implementation.name == "reference" else "reference"
+    for name in (implementation.name, other, implementation.name):
+        with flatkern.backend(name):
+            x = identity.clone().requires_grad_()
+            y = compiled(x, weight, scale, key)
+            y.backward(identity)
+            noisy = flatkern.ops.perturb(weight, scale, key)
+        assert torch.equal(y.detach().T, noisy), name
+        assert torch.equal(x.grad, noisy), name
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_compiled_autocast(device, compiled):
+    a = arguments(device)
+    arguments_ = a["x"], a["weight"], a["lora_A"], a["lora_B"], a["row_scale"], a["key"]
+
+    def function(*inputs):
+        with torch.autocast(device.type, torch.bfloat16):
+            return noisy_step(*inputs)
+
+    expected = function(*arguments_)
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got = function(*arguments_)
+    assert got.dtype == torch.float32
+    tolerances.assert_same_bits(got, expected)
+    assert got != noisy_step(*arguments_)
+
+
+ROW_STRIDE = 2**33
+
+
+@pytest.fixture
+def far_rows(tmp_path, device):
+    """Two rows 2**33 elements apart in a sparse file of 16 GiB; a few of its pages are touched."""
+    if device.type != "cpu":
+        pytest.skip("a mapped file is CPU memory")
+    path = tmp_path / "sparse"
+    size = ROW_STRIDE + 64
+    try:
+        with open(path, "wb") as file:
+            file.truncate(2 * size)
+        if path.stat().st_blocks > 1024:
+            pytest.skip("the file system keeps no sparse files")
+        storage = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"16 GiB of address space cannot be mapped: {error}")
+    return lambda first: storage[first:].as_strided((2, 8), (ROW_STRIDE, 1))
+
+
+@pytest.mark.parametrize(
+    "op", ["perturb_", "restore_", "perturb_merged_", "perturb", "out", "row_norm", "noisy_linear"]
+)
+def test_index_arithmetic_beyond_32_bits(device, far_rows, op):
+    ops = flatkern.ops
+    key = flatkern.NoiseKey(*KEY).to(device)
+    values = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    scale = torch.full((2,), 0.5)
+    x = torch.eye(8, dtype=torch.bfloat16, requires_grad=True)
+
+    def run(weight, out):
+        if op == "out":
+            ops.perturb(weight, scale, key, out=out)
+            return out
+        if op == "perturb":
+            return ops.perturb(weight, scale, key)
+        if op == "row_norm":
+            return ops.row_norm(weight)
+        if op == "noisy_linear":
+            x.grad = None
+            y = ops.noisy_linear(x, weight, None, None, None, 1.0, scale, key)
+            y.sum().backward()
+            return torch.cat([y.detach(), x.grad], -1)
+        if op == "perturb_merged_":
+            ops.perturb_merged_(weight, None, None, 1.0, 0.5, key)
+        else:
+            getattr(ops, op)(weight, scale, key)
+        return weight
+
+    weight, before, after = far_rows(16), far_rows(8), far_rows(24)
+    weight.copy_(values)
+    result = run(weight, out=far_rows(32))
+    tolerances.assert_same_bits(result, run(values.clone(), out=torch.empty_like(values)))
+    assert (before == 0).all()
+    assert (after == 0).all()
+
+
+def test_shapes_beyond_32_bits_are_described_without_memory():
+    key = torch.empty(4, dtype=torch.int64, device="meta")
+    weight = torch.empty(2**20, 2**20, dtype=torch.bfloat16, device="meta")
+    scale = torch.empty(2**20, device="meta")
+    assert OPS.noise(2**32, 4, key).shape == (2**32, 4)
+    assert OPS.philox_bits(2, 2**34, key).shape == (2, 2**34)
+    assert OPS.perturb(weight, scale, key, dtype=torch.float16).dtype == torch.float16
+    assert OPS.row_norm(weight).shape == (2**20,)
+    assert OPS.perturb_(weight, scale, key) is None
