@@ -4,6 +4,8 @@ The noisy weight is generated panel by panel into bounded scratch, and each pane
 the vendor's product. Backward regenerates the same noise, so nothing of size m x n is saved.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -115,6 +117,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
+    """Products in the dtypes that they are given; costs nothing where autocast is off anyway."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _check_values(
     x, weight, bias, lora_A, lora_B, scaling, row_scale, key, scratch_bytes, row_offset, col_offset
 ):
@@ -185,7 +194,7 @@ def _forward(
     perturb_out = kernel("perturb_out", weight, backend)
     panels = _panels(weight.shape[0], weight.shape[1] * dtype.itemsize, scratch_bytes)
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _autocast_off(x.device.type):
         x2 = _flat(x, dtype)
         scratch = torch.empty((panels[0][1], weight.shape[1]), dtype=dtype, device=weight.device)
         y = None
@@ -245,7 +254,7 @@ def _grad_x(
     perturb_out = kernel("perturb_out", weight, backend)
     rows, cols = weight.shape
     panels = _panels(cols, rows * dtype.itemsize, scratch_bytes)
-    with torch.autocast(grad.device.type, enabled=False):
+    with _autocast_off(grad.device.type):
         grad = grad.to(dtype)
         grad_x = torch.empty((grad.shape[0], cols), dtype=dtype, device=grad.device)
         scratch = torch.empty(rows * panels[0][1], dtype=dtype, device=weight.device)
@@ -289,7 +298,7 @@ def _backward(ctx, grad):
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     compute_dtype = ctx.options["compute_dtype"]
     grad_x = grad_weight = grad_bias = grad_A = grad_B = None
-    with torch.autocast(x.device.type, enabled=False):
+    with _autocast_off(x.device.type):
         grad2 = _flat(grad, compute_dtype or weight.dtype)
         if need_x:
             grad_x = torch.ops.flatkern.noisy_linear_grad_x(
