@@ -85,7 +85,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _print_tree(values: dict[str, object], indent: str = "") -> None:
-    width = max(len(name) for name in values)
+    width = max(map(len, values), default=0)
     for name, value in values.items():
         if isinstance(value, dict):
             print(f"{indent}{name}:")

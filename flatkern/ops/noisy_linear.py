@@ -217,10 +217,8 @@ def _forward(
             else:
                 y[:, begin:end] = part
         if lora_A is not None:
-            y = (
-                y
-                + _branch(x2 if compute_dtype else _flat(x, lora_A.dtype), lora_A, lora_B) * scaling
-            )
+            branch_x = x2 if compute_dtype else _flat(x, lora_A.dtype)
+            y = y + _branch(branch_x, lora_A, lora_B) * scaling
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -256,8 +254,10 @@ def _grad_x(
     panels = _panels(cols, rows * dtype.itemsize, scratch_bytes)
     with _autocast_off(grad.device.type):
         grad = grad.to(dtype)
-        grad_x = torch.empty((grad.shape[0], cols), dtype=dtype, device=grad.device)
         scratch = torch.empty(rows * panels[0][1], dtype=dtype, device=weight.device)
+        grad_x = None
+        if len(panels) > 1:
+            grad_x = torch.empty((grad.shape[0], cols), dtype=dtype, device=grad.device)
         for begin, end in panels:
             noisy = scratch[: rows * (end - begin)].view(rows, end - begin)
             perturb_out(
@@ -269,9 +269,11 @@ def _grad_x(
                 col_offset=col_offset + begin,
                 out=noisy,
             )
-            if len(panels) == 1:
-                return grad @ noisy
-            grad_x[:, begin:end] = grad @ noisy
+            part = grad @ noisy
+            if grad_x is None:
+                grad_x = part
+            else:
+                grad_x[:, begin:end] = part
     return grad_x
 
 
