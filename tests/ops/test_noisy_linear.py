@@ -317,19 +317,24 @@ def test_both_passes_use_the_same_noise(device, dtype, scratch_bytes):
     assert torch.equal(x.grad, noisy)
 
 
-def test_backward_uses_the_implementation_of_its_forward(implementation, device):
+@pytest.mark.parametrize("forward", ["named", "auto"])
+def test_backward_uses_the_implementation_of_its_forward(implementation, device, forward):
     # Noise of two implementations differs in the last bits, so their noisy weights do.
     tensors, scale = make(64, 64, (64,), rank=None, bias=False)
-    x = torch.eye(64, device=device, requires_grad=True)
-    weight = tensors["weight"].to(device)
-    y = flatkern.ops.noisy_linear(
-        x, weight, None, None, None, 1.0, scale.to(device), make_key(device)
+    weight, scale, identity = (
+        tensors["weight"].to(device),
+        scale.to(device),
+        torch.eye(64, device=device),
     )
-    noisy = flatkern.ops.perturb(weight, scale.to(device), make_key(device))
-    other = "auto" if implementation.name == "reference" else "reference"
-    with flatkern.backend(other):
-        y.backward(torch.eye(64, device=device))
-    assert torch.equal(x.grad, noisy)
+    name = implementation.name if forward == "named" else "auto"
+    for other in flatkern.available_backends(device.type):
+        x = identity.clone().requires_grad_()
+        with flatkern.backend(name):
+            y = flatkern.ops.noisy_linear(x, weight, None, None, None, 1.0, scale, make_key(device))
+            noisy = flatkern.ops.perturb(weight, scale, make_key(device))
+        with flatkern.backend(other):
+            y.backward(identity)
+        assert torch.equal(x.grad, noisy), other
 
 
 def tensors_alive(numel):

@@ -1,0 +1,87 @@
+"""The demo's two pictures: loss against noise radius, and the training curves."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flatkern.demo.data import IN_DOMAIN
+from flatkern.demo.experiment import RADII, Run
+from flatkern.demo.report import grouped
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles and markers
+# repeat the distinction for print.
+STYLES = {
+    "LoRA": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "Flat-LoRA": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "LoRA + dropout": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+}
+WIDTH, HEIGHT, DPI = 4.6, 3.4, 130  # of one panel, in inches
+
+
+def plot_radius(runs: list[Run], path: Path) -> None:
+    """Train loss against noise radius; one panel per setting."""
+    settings, figure, axes = _panels(runs, rows=1)
+    for setting, axis in zip(settings, axes[0], strict=True):
+        for (name, arm), group in grouped(runs).items():
+            if name == setting:
+                by_radius = zip(*(run.radius_loss for run in group), strict=True)
+                values = [np.concatenate(draws) for draws in by_radius]
+                _line(axis, arm, RADII, values)
+        axis.set_title(f"{setting}, {_epochs(runs, setting)} epochs")
+        axis.set_xlabel(r"noise radius $\sigma$ (length of noise row / weight row)")
+        axis.set_ylabel("train loss under noise (nats)")
+        axis.set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_curves(runs: list[Run], path: Path) -> None:
+    """Train loss and test accuracy against the epoch; one column per setting."""
+    settings, figure, axes = _panels(runs, rows=2)
+    for column, setting in enumerate(settings):
+        loss, accuracy = axes[0][column], axes[1][column]
+        for (name, arm), group in grouped(runs).items():
+            if name == setting:
+                epochs = group[0].curve_epoch
+                _line(loss, arm, epochs, np.array([run.curve_train_loss for run in group]).T)
+                _line(accuracy, arm, epochs, np.array([run.curve_accuracy for run in group]).T)
+        loss.set_title(setting)
+        loss.set_ylabel("train loss, no noise (nats)")
+        loss.set_ylim(bottom=0)
+        accuracy.set_ylabel(f"test accuracy, {IN_DOMAIN} (%)")
+        accuracy.set_xlabel("epoch")
+        accuracy.axhline(50, color="0.6", linewidth=0.8, zorder=0)
+        accuracy.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _panels(runs: list[Run], rows: int) -> tuple[list[str], Figure, np.ndarray]:
+    """Setting names, and a grid of axes [rows, settings] whose rows share their y axis."""
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    figure = Figure(figsize=(WIDTH * len(settings), HEIGHT * rows), layout="constrained")
+    axes = figure.subplots(rows, len(settings), squeeze=False, sharey="row", sharex="col")
+    return settings, figure, axes
+
+
+def _line(axis: Axes, arm: str, x: list[float], values: np.ndarray | list[np.ndarray]) -> None:
+    """Mean of values [point][sample] with a band of one standard deviation."""
+    mean = np.array([np.mean(samples) for samples in values])
+    deviation = np.array([np.std(samples, ddof=1) if len(samples) > 1 else 0 for samples in values])
+    style = STYLES[arm]
+    axis.plot(x, mean, label=arm, markersize=4, linewidth=1.6, **style)
+    axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+
+
+def _epochs(runs: list[Run], setting: str) -> int:
+    return next(run.curve_epoch[-1] for run in runs if run.setting == setting)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.grid(color="0.9", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,170 @@
+"""`flatkern demo`: from nothing to a table and two pictures."""
+
+import argparse
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from flatkern.demo import DemoError, choose, data, experiment, model, plots, report, settings
+from flatkern.demo.model import Encoded
+from flatkern.demo.settings import SETTINGS, Setting
+
+
+@dataclass(frozen=True)
+class Task:
+    """The encoded sentences and the layers to train."""
+
+    top: nn.Module
+    splits: data.Splits
+    labels: np.ndarray  # of all in-domain sentences
+    tests: dict[str, Encoded]
+    validation: Encoded | None
+    training: dict[int, Encoded]  # by seed, with true labels
+
+    def training_set(self, seed: int, setting: Setting) -> Encoded:
+        """The training sentences of a seed with the labels that the setting gives them."""
+        _, given = data.draw_training_set(
+            self.labels, self.splits.pool, settings.TRAINING_SENTENCES, setting.flipped, seed
+        )
+        return self.training[seed].relabelled(given)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the demo; the exit status is 1 if any frozen weight changed."""
+    # Set before the libraries read them: nothing is looked up on a network, and the profiler
+    # behind the memory column does not log its start and stop.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out: {arguments.out} cannot be made a folder: {error}") from error
+    start = time.perf_counter()
+    if arguments.choose:
+        return _choose(arguments, start)
+    return _compare(arguments, start)
+
+
+def prepare(seeds: tuple[int, ...], device: torch.device, choosing: bool) -> Task:
+    """Load model and sentences and run the lower layers over all that the task needs.
+
+    For choosing, only the validation split is encoded; otherwise only the tests.
+    """
+    sentences = data.load_sentences()
+    movies = sentences[data.IN_DOMAIN]
+    splits = data.split(movies.labels, settings.TEST_SENTENCES, settings.VALIDATION_SENTENCES)
+    pretrained, tokenizer = model.load_pretrained()
+    lower, top = model.split_encoder(pretrained)
+
+    def encode(part: data.Sentences, description: str) -> Encoded:
+        encoded = model.encode(lower, tokenizer, part.texts, part.labels, description)
+        return encoded.to(device)
+
+    tests, validation = {}, None
+    if choosing:
+        validation = encode(movies.take(splits.validation), "lower layers, validation")
+    else:
+        tests[data.IN_DOMAIN] = encode(movies.take(splits.test), "lower layers, movies")
+        for domain in data.OUT_OF_DOMAIN:
+            generator = np.random.default_rng(data.SPLIT_SEED)
+            other = sentences[domain]
+            rows = data.balanced(other.labels, settings.TEST_SENTENCES, generator)
+            tests[domain] = encode(other.take(rows), f"lower layers, {domain}")
+    training = {}
+    for seed in seeds:
+        rows, _ = data.draw_training_set(
+            movies.labels, splits.pool, settings.TRAINING_SENTENCES, 0.0, seed
+        )
+        training[seed] = encode(movies.take(rows), f"lower layers, seed {seed}")
+    return Task(top.to(device), splits, movies.labels, tests, validation, training)
+
+
+def steps(setting: Setting) -> int:
+    """Optimizer steps of one run."""
+    return setting.epochs * -(-settings.TRAINING_SENTENCES // experiment.BATCH)
+
+
+def _compare(arguments: argparse.Namespace, start: float) -> int:
+    count = arguments.seeds or (settings.FULL_SEEDS if arguments.full else settings.QUICK_SEEDS)
+    used = [
+        setting if arguments.full else replace(setting, epochs=setting.quick_epochs)
+        for setting in SETTINGS
+    ]
+    task = prepare(tuple(range(count)), arguments.device, choosing=False)
+    runs = []
+    total = count * sum(len(setting.recipes()) * steps(setting) for setting in used)
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for setting in used:
+            for seed in range(count):
+                for recipe in setting.recipes():
+                    bar.set_description(f"{setting.name}, seed {seed}, {recipe.arm}")
+                    result = experiment.run(
+                        task.top,
+                        recipe,
+                        task.training_set(seed, setting),
+                        task.tests,
+                        setting=setting.name,
+                        in_domain=data.IN_DOMAIN,
+                        epochs=setting.epochs,
+                        seed=seed,
+                        on_step=bar.update,
+                    )
+                    runs.append(result)
+    seconds = time.perf_counter() - start
+    paths = report.write_results(arguments.out, _command(arguments), used, runs, seconds)
+    for name, plot in (("radius.png", plots.plot_radius), ("curves.png", plots.plot_curves)):
+        plot(runs, arguments.out / name)
+        paths.append(arguments.out / name)
+    print(f"{report.table(runs)}\n\n{report.summary(runs)}\n")
+    _print_paths(paths, seconds)
+    changed = sum(run.weights_changed for run in runs)
+    if changed:
+        print(f"ERROR: {changed} frozen weights do not have the bits they had before training")
+    return 1 if changed else 0
+
+
+def _choose(arguments: argparse.Namespace, start: float) -> int:
+    task = prepare(choose.SCAN_SEEDS, arguments.device, choosing=True)
+    chosen, tried = [], []
+    total = choose.RUNS_PER_SETTING * sum(steps(setting) for setting in SETTINGS)
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for setting in SETTINGS:
+            bar.set_description(setting.name)
+            training = {seed: task.training_set(seed, setting) for seed in task.training}
+            best, candidates = choose.choose(
+                setting, task.top, training, task.validation, bar.update
+            )
+            chosen.append(best)
+            tried.extend(candidates)
+    seconds = time.perf_counter() - start
+    paths = report.write_choice(arguments.out, _command(arguments), chosen, tried, seconds)
+    print(report.choice_table(tried))
+    for setting in chosen:
+        print(f"{setting.name}: lr {setting.lr}, sigma {setting.sigma}, dropout {setting.dropout}")
+    _print_paths(paths, seconds)
+    return 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    words = ["flatkern demo"]
+    words += [f"--{flag}" for flag in ("full", "choose") if getattr(arguments, flag)]
+    for option in ("seeds", "threads"):
+        if (value := getattr(arguments, option)) is not None:
+            words.append(f"--{option} {value}")
+    if arguments.device.type != "cpu":
+        words.append(f"--device {arguments.device}")
+    return " ".join(words)
+
+
+def _print_paths(paths: list[Path], seconds: float) -> None:
+    print(f"{seconds / 60:.1f} min. Written:")
+    for path in paths:
+        print(f"  {path}")

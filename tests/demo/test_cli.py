@@ -1,0 +1,62 @@
+import importlib.util
+
+import pytest
+
+import flatkern
+from flatkern import cli
+
+
+def test_doctor_says_what_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for backend in ("cuda", "cpu", "triton", "reference"):
+        assert backend in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == flatkern.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["demo", "--seeds", "0"], "must be a whole number of at least 1, got '0'"),
+        (["demo", "--seeds", "two"], "got 'two'"),
+        (["demo", "--device", "meta"], "must be cpu, cuda or cuda:N, got 'meta'"),
+        (["demo", "--device", "nonsense"], "got 'nonsense'"),
+        (["demo", "--full", "--choose"], "not allowed with"),
+        (["demo", "--sigma", "1"], "unrecognized arguments: --sigma 1"),
+    ],
+)
+def test_wrong_arguments_get_one_clean_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_seeds_do_not_go_with_choosing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--choose", "--seeds", "2"]) == 2
+    assert "--seeds does not go with --choose" in capsys.readouterr().err
+
+
+def test_missing_extras_are_named_with_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    hidden = ("tqdm", "tabulate", cli.DEMO_MODEL)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name)
+    )
+    assert cli.main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert "tabulate, tqdm" in err
+    assert 'pip install "flatkern[demo]"' in err
+    assert "--require-hashes -r " in err
