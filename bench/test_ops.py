@@ -15,7 +15,7 @@ from bench import baselines
 from flatkern import ops
 
 RANK, SCALING, SIGMA, TOKENS = 8, 2.0, 0.05, 512
-ROUNDS, WARMUP = 7, 2
+ROUNDS, WARMUP = 5, 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPES = ((4096, 4096), (1024, 1024))
 PROVIDERS = ("flatkern", "published", "eager", "compiled", "copy")

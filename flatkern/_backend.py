@@ -35,7 +35,10 @@ _named: str = os.environ.get("FLATKERN_BACKEND", "auto")
 def _load_extension() -> tuple[ModuleType | None, str]:
     """Import `flatkern._C`; return it, or None and the reason."""
     if importlib.util.find_spec("flatkern._C") is None:
-        return None, "flatkern._C was not built: it needs a C++ compiler at installation"
+        return None, (
+            "flatkern._C was not built: "
+            "pip install --no-build-isolation with a C++ compiler builds it"
+        )
     try:
         return importlib.import_module("flatkern._C"), ""
     except ImportError as error:
@@ -75,6 +78,11 @@ def available_backends(device_type: str = "cpu") -> list[str]:
     """Names of the backends that can run on tensors of `device_type`, best first."""
     names = PREFERENCE.get(device_type, ("reference",))
     return [name for name in names if _why_unusable(name) is None]
+
+
+def named() -> str:
+    """The current choice: "auto" or the name of a backend."""
+    return _named
 
 
 def resolve(device_type: str, dtype: torch.dtype = torch.float32, named: str | None = None) -> str:

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument(
         "--choose",
         action="store_true",
-        help="instead choose learning rate, sigma and dropout on the validation split",
+        help="instead choose sigma and dropout on the validation split",
     )
     demo.add_argument("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N-1")
     demo.add_argument(

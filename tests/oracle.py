@@ -113,7 +113,7 @@ def row_norm_scale(weight, lora_A=None, lora_B=None, scaling=1.0):
 
 
 def row_norm_by_algebra(weight, lora_A, lora_B, scaling):
-    """methods.md section 0: the norms of W + s B A without forming it."""
+    """The norms of W + s B A without forming it, by expanding the square."""
     w, a, b = as_rows(weight).double(), lora_A.double(), lora_B.double()
     squares = w.square().sum(1)
     squares = squares + 2 * scaling * (b * (w @ a.T)).sum(1)

@@ -1,4 +1,4 @@
-"""Holds the shape of the repository (design.md section 2) by reading the sources."""
+"""Holds the shape of the repository (CONTRIBUTING.md) by reading the sources."""
 
 import ast
 import subprocess

@@ -2,7 +2,7 @@
 
 import torch
 
-# design.md section 3: what any two implementations of the noise may differ by. Hardware log, sin
+# docs/noise.md: what any two implementations of the noise may differ by. Hardware log, sin
 # and cos on GPUs are good to about 1e-6 of a radius below 6.8; only where u is within a few float32
 # steps of 1 does the error of log weigh more, which 5e-4 covers.
 NOISE_BULK = 1e-5

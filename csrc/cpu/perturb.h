@@ -16,7 +16,7 @@ struct Restore {
   FLATKERN_INLINE VFloat apply(VFloat s, VFloat c, VFloat z, bool elementwise) {
     const VFloat e = c * z;
     if (!elementwise) return s - e;
-    const VFloat one = VFloat{} + 1.0f;
+    const VFloat one = splat(1.0f);
     const VFloat factor = s > 0.0f ? one + e : (s < 0.0f ? one - e : one);
     return factor > 0.0625f ? s / factor : s;
   }
@@ -41,7 +41,7 @@ FLATKERN_INLINE void perturb_columns(const PerturbArgs& args, int64_t row, int64
   const Src* weight = static_cast<const Src*>(args.weight) + row * args.weight_stride;
   Dst* out = static_cast<Dst*>(args.out) + row * args.out_stride;
   c = usable_scale(c);
-  const VFloat scale = VFloat{} + c, limit = VFloat{} + overflow_of(out);
+  const VFloat scale = splat(c), limit = splat(overflow_of(out));
   for_each_step(
       args.window, row, begin, end,
       [&](int64_t j, VFloat z0, VFloat z1) {

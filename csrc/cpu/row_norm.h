@@ -38,7 +38,7 @@ FLATKERN_INLINE void add_squares(const RowNormArgs& args, const T* const* weight
       const VFloat a = load(lora_A + k * args.lora_A_stride + p * kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        merged[r][p] = multiply_add(VFloat{} + lora_B[r][k], a, merged[r][p]);
+        merged[r][p] = multiply_add(splat(lora_B[r][k]), a, merged[r][p]);
       }
     }
   }

@@ -18,6 +18,9 @@ typedef uint16_t VHalf __attribute__((vector_size(FLATKERN_VECTOR_BYTES / 2)));
 
 #define FLATKERN_INLINE static inline __attribute__((always_inline))
 
+// The value in every lane. Subtracting zero keeps -0, which adding would not.
+FLATKERN_INLINE VFloat splat(float value) { return value - VFloat{}; }
+
 template <class V, class T>
 FLATKERN_INLINE V load_vector(const T* p) {
   V v;

@@ -7,6 +7,7 @@ as a file, pinned by version and SHA-256; nothing in it is run and no text is ke
 import hashlib
 import html
 import os
+import re
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -76,11 +77,13 @@ def fetch_archive(cache: Path | None = None, sha256: str = SHA256) -> Path:
         try:
             _download(fresh)
         except Exception as error:
-            # Whatever the index or the network did, the way out is the same.
+            # Whatever the index or the network did, the way out is the same. An address in the
+            # error may carry a password.
+            reason = re.sub(r"//[^/@\s]*@", "//***@", f"{type(error).__name__}: {error}")
             raise DemoError(
-                f"{ARCHIVE} could not be fetched ({type(error).__name__}: {error}). The demo reads "
-                f"its sentences from this source distribution of {PROJECT}. Without a network, put "
-                f"the file by hand at {path} ; its SHA-256 must be {sha256}"
+                f"{ARCHIVE} could not be fetched ({reason}). The demo reads its sentences from "
+                f"this source distribution of {PROJECT}. Without a network, put the file by hand "
+                f"at {path} ; its SHA-256 must be {sha256}"
             ) from error
         if (found := _digest(fresh)) != sha256:
             raise DemoError(

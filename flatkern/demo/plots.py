@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from flatkern.demo.data import IN_DOMAIN
-from flatkern.demo.experiment import RADII, Run
+from flatkern.demo.experiment import CURVE_SENTENCES, DRAWS, RADII, Run
 from flatkern.demo.report import grouped
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles and markers
@@ -32,9 +32,9 @@ def plot_radius(runs: list[Run], path: Path) -> None:
                 _line(axis, arm, RADII, values)
         axis.set_title(f"{setting}, {_epochs(runs, setting)} epochs")
         axis.set_xlabel(r"noise radius $\sigma$ (length of noise row / weight row)")
-        axis.set_ylabel("train loss under noise (nats)")
         axis.set_ylim(bottom=0)
-    axes[0][0].legend(frameon=False)
+    axes[0][0].set_ylabel("train loss under noise (nats)")
+    _legend(axes[0][0], f"mean ± sd: {_seeds(runs)}, {DRAWS} draws")
     _save(figure, path)
 
 
@@ -49,13 +49,12 @@ def plot_curves(runs: list[Run], path: Path) -> None:
                 _line(loss, arm, epochs, np.array([run.curve_train_loss for run in group]).T)
                 _line(accuracy, arm, epochs, np.array([run.curve_accuracy for run in group]).T)
         loss.set_title(setting)
-        loss.set_ylabel("train loss, no noise (nats)")
         loss.set_ylim(bottom=0)
-        accuracy.set_ylabel(f"test accuracy, {IN_DOMAIN} (%)")
         accuracy.set_xlabel("epoch")
-        accuracy.axhline(50, color="0.6", linewidth=0.8, zorder=0)
-        accuracy.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes[0][0].legend(frameon=False)
+        accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].set_ylabel("train loss without noise (nats)")
+    axes[1][0].set_ylabel(f"accuracy on {CURVE_SENTENCES} test {IN_DOMAIN} (%)")
+    _legend(axes[0][0], f"mean ± sd: {_seeds(runs)}")
     _save(figure, path)
 
 
@@ -76,6 +75,15 @@ def _line(axis: Axes, arm: str, x: list[float], values: np.ndarray | list[np.nda
     axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
 
 
+def _legend(axis: Axes, title: str) -> None:
+    axis.legend(frameon=False, title=title, alignment="left")
+
+
+def _seeds(runs: list[Run]) -> str:
+    count = len({run.seed for run in runs})
+    return f"{count} seed" + ("s" if count > 1 else "")
+
+
 def _epochs(runs: list[Run], setting: str) -> int:
     return next(run.curve_epoch[-1] for run in runs if run.setting == setting)
 
@@ -83,5 +91,6 @@ def _epochs(runs: list[Run], setting: str) -> int:
 def _save(figure: Figure, path: Path) -> None:
     for axis in figure.axes:
         axis.grid(color="0.9", linewidth=0.6)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=DPI)

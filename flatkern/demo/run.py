@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from flatkern.demo import choose, data, experiment, model, plots, report, settings
+from flatkern.demo import DemoError, choose, data, experiment, model, plots, report, settings
 from flatkern.demo.model import Encoded
 from flatkern.demo.settings import SETTINGS, Setting
 
@@ -43,7 +43,10 @@ def main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out: {arguments.out} cannot be made a folder: {error}") from error
     start = time.perf_counter()
     if arguments.choose:
         return _choose(arguments, start)
@@ -135,11 +138,9 @@ def _choose(arguments: argparse.Namespace, start: float) -> int:
     with tqdm(total=total, unit="step", disable=None) as bar:
         for setting in SETTINGS:
             bar.set_description(setting.name)
-            generator = np.random.default_rng([data.SPLIT_SEED, 1])
-            labels = data.flip(task.labels[task.splits.validation], setting.flipped, generator)
             training = {seed: task.training_set(seed, setting) for seed in task.training}
             best, candidates = choose.choose(
-                setting, task.top, training, task.validation.relabelled(labels), bar.update
+                setting, task.top, training, task.validation, bar.update
             )
             chosen.append(best)
             tried.extend(candidates)

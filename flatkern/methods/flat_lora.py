@@ -16,7 +16,7 @@ class FlatLoRA(Method):
     """min over A, B of E L(W' + e), e_ij ~ N(0, (sigma_t / sqrt(n) ||W'_i||)^2), W' = W + s B A.
 
     One draw per optimizer step, shared by all its micro-batches; the window is closed before the
-    optimizer runs. Source: Li et al., "Flat-LoRA", 2024, equations 6 and 7.
+    optimizer runs. Source: Li et al., "Flat-LoRA", 2024, equation 7.
 
     Attributes:
         noise: the `WeightNoise`, whose step counts optimizer steps.

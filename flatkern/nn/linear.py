@@ -192,7 +192,7 @@ class LoRALinear(nn.Module):
         return (result + branch * self.scaling).to(result.dtype)
 
     def _noisy(self, x: Tensor, window: Any, adapters: bool) -> Tensor:
-        dtype = autocast_dtype(x.device.type)
+        dtype = autocast_dtype(x)
         return torch.ops.flatkern.noisy_linear(
             # The op returns x's dtype; F.linear would return autocast's.
             x if dtype is None else x.to(dtype),

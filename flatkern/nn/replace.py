@@ -120,7 +120,7 @@ def _find(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn
             ) from None
         found = [name for name in modules if pattern.fullmatch(name)]
     if not found:
-        _refuse_unknown(modules, repr(target_modules))
+        _refuse_unknown(modules, f"{target_modules!r}, a regular expression for the whole name")
     return {name: modules[name] for name in found}
 
 

@@ -17,7 +17,7 @@ def constant() -> Schedule:
 def cosine_ramp(total_steps: int) -> Schedule:
     """(1 - cos(pi t / T)) / 2, from 0 at step t = 0 to 1 at t = T, and 1 after that.
 
-    The first window of a ramp is noiseless. Source: Flat-LoRA, section 3.3.
+    The first window of a ramp is noiseless. Source: Flat-LoRA (Li et al., 2024).
 
     Args:
         total_steps: T in optimizer steps, at least 1.

@@ -1,7 +1,7 @@
 """The weights of a model that take noise, and what happens to each of them in a window."""
 
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,9 @@ class Target:
     def scale(self, strategy: Strategy, sigma: float) -> None:
         """Fill the row scale from the clean weight."""
         layer = self.layers[0]
-        self.row_scale.copy_(
-            strategy(self.weight, layer.lora_A, layer.lora_B, layer.scaling, sigma)
-        )
+        # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
+        adapters = layer.lora_A.detach(), layer.lora_B.detach()
+        self.row_scale.copy_(strategy(self.weight, *adapters, layer.scaling, sigma))
 
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
@@ -114,7 +114,9 @@ class Target:
             bump_version(layer.lora_A)
             bump_version(layer.lora_B)
         while self.hooks:
-            self.hooks.pop().remove()
+            # In this order: Ctrl-C in between loses no handle, and removing twice is harmless.
+            self.hooks[-1].remove()
+            self.hooks.pop()
         self.perturbed = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,16 +144,18 @@ class _Guard:
             state_dict[key] = self._target.clean_weight()
 
     def refuse_load(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        self._refuse("load_state_dict", f"{prefix}{self._parameter}")
+        self._require_clean("load_state_dict", f"{prefix}{self._parameter}")
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self._refuse("copying or pickling", self._target.name)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._require_clean("copying or pickling", self._target.name)
+        return super().__reduce_ex__(protocol)
 
-    def _refuse(self, action: str, name: str) -> NoReturn:
-        raise RuntimeError(
-            f"WeightNoise: {action} while in-place noise is written in {name}; "
-            "close the window or use paused() (state_dict() is clean at any time)"
-        )
+    def _require_clean(self, action: str, name: str) -> None:
+        if self._target.perturbed:
+            raise RuntimeError(
+                f"WeightNoise: {action} while in-place noise is written in {name}; "
+                "close the window or use paused() (state_dict() is clean at any time)"
+            )
 
 
 def collect(model: nn.Module) -> list[Target]:

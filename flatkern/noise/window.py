@@ -274,9 +274,8 @@ class WeightNoise:
         for table in self._tables:
             for column, word in enumerate((key.seed, key.step, key.draw)):
                 table[:, column] = word
-        with torch.no_grad():
-            for target in self._targets:
-                target.scale(self._strategy, sigma_t)
+        for target in self._targets:
+            target.scale(self._strategy, sigma_t)
 
     def _show(self) -> None:
         for target in self._targets:

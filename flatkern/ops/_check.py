@@ -122,6 +122,40 @@ def adapters(
             refuse(op, argument, f"on the weight's device {device}", value)
 
 
+def no_overlap(op: str, out: Tensor, weight: Tensor) -> None:
+    """`out` is `weight`, or shares no element with it; not for fake tensors, which lie nowhere.
+
+    Both have passed `weight()`. Where only the rows' address ranges interleave, as those of
+    columns of one matrix do, equal row strides are enough to tell.
+    """
+    if out.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        return
+    if not out.numel() or (out.data_ptr() == weight.data_ptr() and out.stride() == weight.stride()):
+        return
+    begin, width, stride = _extent(weight)
+    out_begin, out_width, out_stride = _extent(out)
+    rows = weight.shape[0] - 1
+    if (
+        begin + rows * stride + width <= out_begin
+        or out_begin + rows * out_stride + out_width <= begin
+    ):
+        return
+    shift = (out_begin - begin) % stride
+    if stride == out_stride and width <= shift and shift + out_width <= stride:
+        return
+    raise ValueError(
+        f"{op}: out must be weight or share no memory with it, got {describe(out)} that overlaps it"
+    )
+
+
+def _extent(matrix: Tensor) -> tuple[int, int, int]:
+    """First byte, bytes of a row, bytes from row to row."""
+    size = matrix.element_size()
+    rows = matrix.shape[0]
+    width = matrix.numel() // rows * size
+    return matrix.data_ptr(), width, max(matrix.stride(0) * size, width) if rows > 1 else width
+
+
 def finite(op: str, argument: str, value: float, minimum: float | None = None) -> None:
     if not math.isfinite(value) or (minimum is not None and value < minimum):
         accepted = "finite" if minimum is None else f"finite and at least {minimum:g}"

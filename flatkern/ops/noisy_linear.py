@@ -4,6 +4,8 @@ The noisy weight is generated panel by panel into bounded scratch, and each pane
 the vendor's product. Backward regenerates the same noise, so nothing of size m x n is saved.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,22 +94,34 @@ def noisy_linear(
         lora_A,
         lora_B,
         scaling,
-        row_scale,
+        row_scale.detach(),
         key,
         elementwise=elementwise,
         scratch_bytes=scratch_bytes,
         row_offset=row_offset,
         col_offset=col_offset,
-        # Both are read here, while tracing too: a compiled graph runs with autocast off.
-        compute_dtype=autocast_dtype(x.device.type),
+        # Read here, where torch.compile traces: a compiled graph runs with autocast off, and
+        # forward and backward must take one backend even if the choice changes between them.
+        compute_dtype=autocast_dtype(x),
+        backend=_backend.named(),
     )
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for, or None where it is off."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for where x enters a product, or None to leave it."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
+    """Products in the dtypes that they are given; costs nothing where autocast is off anyway."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _check_values(
@@ -122,8 +136,10 @@ def _check_values(
         _check.refuse(op, "x", f"floating [..., {cols}]", x)
     if x.device != weight.device:
         _check.refuse(op, "x", f"on the weight's device {weight.device}", x)
-    if bias is not None and (bias.shape != (rows,) or bias.device != weight.device):
-        _check.refuse(op, "bias", f"[{rows}] on {weight.device} or None", bias)
+    if bias is not None:
+        right = bias.shape == (rows,) and bias.device == weight.device
+        if not right or bias.dtype not in _check.FLOAT_DTYPES:
+            _check.refuse(op, "bias", f"floating [{rows}] on {weight.device} or None", bias)
     _check.adapters(op, lora_A, lora_B, scaling, (rows, cols), weight.device)
     if scratch_bytes is not None and scratch_bytes < 1:
         _check.refuse(op, "scratch_bytes", "at least 1 or None", scratch_bytes)
@@ -178,7 +194,7 @@ def _forward(
     perturb_out = kernel("perturb_out", weight, backend)
     panels = _panels(weight.shape[0], weight.shape[1] * dtype.itemsize, scratch_bytes)
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _autocast_off(x.device.type):
         x2 = _flat(x, dtype)
         scratch = torch.empty((panels[0][1], weight.shape[1]), dtype=dtype, device=weight.device)
         y = None
@@ -201,10 +217,8 @@ def _forward(
             else:
                 y[:, begin:end] = part
         if lora_A is not None:
-            y = (
-                y
-                + _branch(x2 if compute_dtype else _flat(x, lora_A.dtype), lora_A, lora_B) * scaling
-            )
+            branch_x = x2 if compute_dtype else _flat(x, lora_A.dtype)
+            y = y + _branch(branch_x, lora_A, lora_B) * scaling
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -238,10 +252,12 @@ def _grad_x(
     perturb_out = kernel("perturb_out", weight, backend)
     rows, cols = weight.shape
     panels = _panels(cols, rows * dtype.itemsize, scratch_bytes)
-    with torch.autocast(grad.device.type, enabled=False):
+    with _autocast_off(grad.device.type):
         grad = grad.to(dtype)
-        grad_x = torch.empty((grad.shape[0], cols), dtype=dtype, device=grad.device)
         scratch = torch.empty(rows * panels[0][1], dtype=dtype, device=weight.device)
+        grad_x = None
+        if len(panels) > 1:
+            grad_x = torch.empty((grad.shape[0], cols), dtype=dtype, device=grad.device)
         for begin, end in panels:
             noisy = scratch[: rows * (end - begin)].view(rows, end - begin)
             perturb_out(
@@ -253,9 +269,11 @@ def _grad_x(
                 col_offset=col_offset + begin,
                 out=noisy,
             )
-            if len(panels) == 1:
-                return grad @ noisy
-            grad_x[:, begin:end] = grad @ noisy
+            part = grad @ noisy
+            if grad_x is None:
+                grad_x = part
+            else:
+                grad_x[:, begin:end] = part
     return grad_x
 
 
@@ -272,9 +290,8 @@ def _save(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(x, weight, lora_A, lora_B, row_scale, key)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.options = dict(keyword_only_inputs)
-    # Backward must see the forward's noise: the same implementation and the same rounding.
-    ctx.options["compute_dtype"] = ctx.options["compute_dtype"] or None
-    if ctx.options["backend"] is None:
+    # Backward must see the forward's noise, whatever is chosen by then.
+    if ctx.options["backend"] in (None, "auto"):
         ctx.options["backend"] = _backend.resolve(weight.device.type, weight.dtype)
 
 
@@ -283,7 +300,7 @@ def _backward(ctx, grad):
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     compute_dtype = ctx.options["compute_dtype"]
     grad_x = grad_weight = grad_bias = grad_A = grad_B = None
-    with torch.autocast(x.device.type, enabled=False):
+    with _autocast_off(x.device.type):
         grad2 = _flat(grad, compute_dtype or weight.dtype)
         if need_x:
             grad_x = torch.ops.flatkern.noisy_linear_grad_x(

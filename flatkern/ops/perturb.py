@@ -50,7 +50,8 @@ def perturb(
         row_scale: c, float32 [m], the standard deviation of each row.
         key: int64 [4] on the weight's device, see `flatkern.NoiseKey`.
         elementwise: e_ij = c_i z_ij |W_ij|.
-        out: where to put the result, of the weight's shape; its dtype is the result's.
+        out: where to put the result, of the weight's shape; its dtype is the result's. It may be
+            the weight itself, but not overlap it otherwise.
         dtype: the result's dtype, default the weight's. A lower one adds the noise in the cast.
         row_offset, col_offset: global coordinates of the weight's first element, for shards.
 
@@ -69,6 +70,7 @@ def perturb(
     _check.kinds("perturb", Tensor, optional=True, out=out)
     _check.kinds("perturb", torch.dtype, optional=True, dtype=dtype)
     options = {"elementwise": elementwise, "row_offset": row_offset, "col_offset": col_offset}
+    row_scale = row_scale.detach()
     if out is None:
         return torch.ops.flatkern.perturb(weight, row_scale, key, dtype=dtype, **options)
     if dtype is not None and dtype != out.dtype:
@@ -178,14 +180,14 @@ def _select_perturb(
     return out
 
 
-def _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset):
+def _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset, argument="dtype"):
     check_values("perturb", weight, row_scale, key, row_offset, col_offset)
-    if dtype is not None and dtype not in _check.FLOAT_DTYPES:
+    accepted = [d for d in _check.FLOAT_DTYPES if d != torch.float64 or weight.dtype == d]
+    if dtype is not None and dtype not in accepted:
+        names = " or ".join(str(d).removeprefix("torch.") for d in accepted)
         raise ValueError(
-            f"perturb: dtype must be float32, bfloat16, float16 or float64, got {dtype}"
+            f"perturb: {argument} must be {names} for a {weight.dtype} weight, got {dtype}"
         )
-    if dtype == torch.float64 and weight.dtype != torch.float64:
-        raise ValueError(f"perturb: dtype must not be wider than float32 for {weight.dtype}")
 
 
 def _fake_perturb(
@@ -196,7 +198,7 @@ def _fake_perturb(
 
 
 def _check_out(weight, row_scale, key, row_offset, col_offset, out):
-    _check_perturb(weight, row_scale, key, out.dtype, row_offset, col_offset)
+    _check_perturb(weight, row_scale, key, out.dtype, row_offset, col_offset, "out")
     _check.weight("perturb", out, "out")
     if out.shape != weight.shape or out.device != weight.device:
         _check.refuse("perturb", "out", f"{list(weight.shape)} on {weight.device}", out)
@@ -204,6 +206,7 @@ def _check_out(weight, row_scale, key, row_offset, col_offset, out):
 
 def _select_out(weight, row_scale, key, *, elementwise=False, row_offset=0, col_offset=0, out):
     _check_out(weight, row_scale, key, row_offset, col_offset, out)
+    _check.no_overlap("perturb", out, weight)
     run = kernel("perturb_out", weight)
     options = {"elementwise": elementwise, "row_offset": row_offset, "col_offset": col_offset}
     run(as_matrix(weight), row_scale, key, **options, out=as_matrix(out))

@@ -31,6 +31,8 @@ def philox_bits(
     rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0
 ) -> Tensor:
     """Word of each element, int64 [rows, cols]: counter (row, col // 4, tensor, draw)."""
+    if rows == 0 or cols == 0:
+        return key.new_empty((rows, cols))
     seed, step, draw, tensor = (key & _MASK).unbind()
     row = torch.arange(row_offset, row_offset + rows, device=key.device)[:, None]
     group_begin, group_end = col_offset // 4, -(-(col_offset + cols) // 4)
@@ -44,6 +46,8 @@ def philox_bits(
 
 def noise(rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0) -> Tensor:
     """Standard normals z, float32 [rows, cols]: Box-Muller over the words of each group of 4."""
+    if rows == 0 or cols == 0:
+        return key.new_empty((rows, cols), dtype=torch.float32)
     begin = col_offset // 4 * 4
     groups = -(-(col_offset + cols) // 4) - begin // 4
     words = philox_bits(rows, 4 * groups, key, row_offset=row_offset, col_offset=begin)

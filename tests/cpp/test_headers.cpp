@@ -185,7 +185,8 @@ static void test_format(Format f, const char* name) {
     if (!std::isnan(value)) check_rounding<T>(value, f, name);
   }
   for (int i = 0; i < 1000; ++i) {
-    const float nan = float_of_bits(0x7F800001u + random_word() % 0x7FFFFFu);
+    // The first has its payload in bits that the 16-bit format lacks.
+    const float nan = float_of_bits(0x7F800001u + (i ? random_word() % 0x7FFFFFu : 0));
     CHECK(std::isnan(value_of(code_of<T>(nan), f)), "%s of a NaN", name);
     CHECK(code_of<T>(float_of_bits(bits_of_float(nan) | 0x80000000u)) >= 0x8000,
           "%s loses a NaN's sign", name);
@@ -213,6 +214,17 @@ static void test_perturbed_value() {
     volatile float difference = sum - e;
     CHECK(same_bits(restored_value(sum, scale, z, false), difference), "%a - %a * %a", x, scale, z);
   }
+  for (int i = 0; i < 10000; ++i) {
+    const float w = static_cast<int32_t>(random_word()) * 0x1p-20f;
+    const float z = static_cast<int32_t>(random_word()) * 0x1p-32f;
+    const float noisy = perturbed_value(w, 1.0f, z, true);
+    const float restored = restored_value(noisy, 1.0f, z, true);
+    CHECK(std::fabs(restored - w) <= 4e-7f * std::fabs(w), "%a restored to %a", w, restored);
+  }
+  CHECK(restored_value(0.0f, 1.0f, 0.5f, true) == 0.0f, "zero is restored to zero");
+  // Noise that took all of an element or flipped its sign leaves nothing to divide by.
+  CHECK(restored_value(2.0f, 1.0f, -1.0f, true) == 2.0f, "a division by zero");
+  CHECK(restored_value(2.0f, 1.0f, -3.0f, true) == 2.0f, "a division by a negative factor");
   CHECK(fused > 1000, "only %d of the cases tell a fused multiply-add apart", fused);
 
   const float inf = INFINITY, nan = NAN;

@@ -213,6 +213,8 @@ def finished(arm: str, seed: int, accuracy: float) -> experiment.Run:
         Recipe(arm, 1e-3),
         accuracy=domains,
         loss=dict.fromkeys(data.FILES, 0.5),
+        curve_epoch=[1, 2],
+        curve_accuracy=[accuracy + 2, accuracy],
         peak_extra_bytes=3 * 2**20,
     )
 
@@ -235,4 +237,5 @@ def test_the_summary_says_when_plain_lora_is_better() -> None:
     words = report.summary(runs)
     assert "Flat-LoRA against LoRA -4.0 points on movies (better in 0 of 2 seeds)" in words
     assert "highest mean accuracy on movies: LoRA\n" in words
+    assert "at the best epoch of the test curve: LoRA 72.5 (epoch 1), Flat-LoRA 68.5" in words
     assert "says nothing of a gain elsewhere" in words

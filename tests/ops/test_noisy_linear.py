@@ -1,5 +1,6 @@
 """noisy_linear against float64 autograd through the materialised noisy weight."""
 
+import concurrent.futures
 import gc
 import itertools
 import random
@@ -197,7 +198,7 @@ def test_float64_gradients_are_exact(device, implementation):
     torch.testing.assert_close(fused[0], exact[0], rtol=1e-12, atol=1e-13)
     for name, gradient in fused[1].items():
         torch.testing.assert_close(gradient, exact[1][name], rtol=1e-12, atol=1e-12)
-    # methods.md section 0: B^T dB = dA A^T for every loss, noisy or not.
+    # Chain rule: B^T dB = dA A^T for every loss, noisy or not.
     left = tensors["lora_B"].T @ fused[1]["lora_B"]
     right = fused[1]["lora_A"] @ tensors["lora_A"].T
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
@@ -316,19 +317,24 @@ def test_both_passes_use_the_same_noise(device, dtype, scratch_bytes):
     assert torch.equal(x.grad, noisy)
 
 
-def test_backward_uses_the_implementation_of_its_forward(implementation, device):
+@pytest.mark.parametrize("forward", ["named", "auto"])
+def test_backward_uses_the_implementation_of_its_forward(implementation, device, forward):
     # Noise of two implementations differs in the last bits, so their noisy weights do.
     tensors, scale = make(64, 64, (64,), rank=None, bias=False)
-    x = torch.eye(64, device=device, requires_grad=True)
-    weight = tensors["weight"].to(device)
-    y = flatkern.ops.noisy_linear(
-        x, weight, None, None, None, 1.0, scale.to(device), make_key(device)
+    weight, scale, identity = (
+        tensors["weight"].to(device),
+        scale.to(device),
+        torch.eye(64, device=device),
     )
-    noisy = flatkern.ops.perturb(weight, scale.to(device), make_key(device))
-    other = "auto" if implementation.name == "reference" else "reference"
-    with flatkern.backend(other):
-        y.backward(torch.eye(64, device=device))
-    assert torch.equal(x.grad, noisy)
+    name = implementation.name if forward == "named" else "auto"
+    for other in flatkern.available_backends(device.type):
+        x = identity.clone().requires_grad_()
+        with flatkern.backend(name):
+            y = flatkern.ops.noisy_linear(x, weight, None, None, None, 1.0, scale, make_key(device))
+            noisy = flatkern.ops.perturb(weight, scale, make_key(device))
+        with flatkern.backend(other):
+            y.backward(identity)
+        assert torch.equal(x.grad, noisy), other
 
 
 def tensors_alive(numel):
@@ -434,7 +440,7 @@ def test_autocast_product_is_the_one_of_the_cast_weight(device):
             x, weight, None, None, None, 1.0, scale.to(device), make_key(device)
         )
     noisy = flatkern.ops.perturb(weight, scale.to(device), make_key(device), dtype=torch.bfloat16)
-    assert torch.equal(y.T.bfloat16(), noisy)
+    assert torch.equal(y.T, noisy.float())
     assert not torch.equal(
         noisy.float(), flatkern.ops.perturb(weight, scale.to(device), make_key(device))
     )
@@ -542,6 +548,21 @@ def test_checkpointing_recomputes_the_same_noise(device):
         results.append([y, *(t.grad for t in inputs.values() if t.grad is not None)])
     for got, expected in zip(*results, strict=True):
         tolerances.assert_same_bits(got, expected)
+
+
+def test_calls_from_several_threads(device):
+    # Scratch belongs to the call: a shared one would mix the noise of two layers.
+    tensors, scale = make(96, 96, (4,), rank=None)
+    inputs, scale = leaves(tensors, device), scale.to(device)
+
+    def run(step):
+        key = flatkern.NoiseKey(1, step).to(device)
+        return flatkern.ops.noisy_linear(*inputs.values(), 1.0, scale, key, scratch_bytes=5000)
+
+    expected = [run(step) for step in range(32)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for got, alone in zip(pool.map(run, range(32)), expected, strict=True):
+            tolerances.assert_same_bits(got, alone)
 
 
 def test_backward_twice_through_one_graph(device):

@@ -232,18 +232,23 @@ def test_special_values(implementation, device, dtype, elementwise):
     assert (same | not_finite[counts_as_zero]).all()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.15])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sum_that_would_overflow_is_left_as_it_is(device, dtype):
+def test_a_sum_that_would_overflow_is_left_as_it_is(implementation, device, dtype, share):
     largest = torch.finfo(dtype).max
     weight = torch.full((1, 4000), largest, dtype=dtype, device=device)
-    # One unit in the last place of the largest number: half of the sums are beyond it.
-    scale = torch.full((1,), float(largest) * tolerances.STEP[dtype], device=device)
+    # Two units in the last place of the largest number, so that a third of the sums overflow; and
+    # a fraction of one, so that a few do, alone in their vector, and only by their rounding.
+    scale = torch.full((1,), float(largest) * tolerances.STEP[dtype] * share, device=device)
     key = make_key(device)
     noisy = flatkern.ops.perturb(weight, scale, key)
-    upwards = flatkern.ops.noise(1, 4000, key) > 0.51
     assert noisy.isfinite().all()
+    tolerances.assert_perturbed(implementation, noisy, expect(weight, scale, key), scale)
+    upwards = flatkern.ops.noise(1, 4000, key) > 0.26 / share
+    assert upwards.any()
     assert (noisy[upwards] == largest).all()
-    assert (noisy[~upwards] < largest).double().mean() > 0.3
+    downwards = flatkern.ops.noise(1, 4000, key) < -0.26 / share
+    assert (noisy[downwards] < largest).all()
 
 
 @pytest.mark.parametrize(("dtype", "lower"), LOWER[:2], ids=str)

@@ -126,6 +126,17 @@ def test_zeros(device, dtype):
     assert check(weight)[2] == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_of_equal_values(device, dtype):
+    # Rounding errors of equal summands all point one way: one float32 sum would lose 1e-3 here.
+    weight = torch.full((2, 2**18 + 3), 0.1, dtype=dtype, device=device)
+    weight[1] = -0.7
+    expected = oracle.row_norm(weight.cpu())
+    torch.testing.assert_close(
+        flatkern.ops.row_norm(weight).cpu().double(), expected, rtol=2e-6, atol=0
+    )
+
+
 def test_cancellation(device):
     # s B A = -0.99 W: the norm is a hundredth of its parts, the error stays relative to the parts.
     generator = torch.Generator().manual_seed(1)
