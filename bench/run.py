@@ -50,9 +50,12 @@ def fastest(rows: list[dict]) -> dict[tuple, dict[str, float]]:
 
 
 def table(times: dict[tuple, dict[str, float]]) -> str:
-    """Markdown: flatkern's time, and everybody else's as a multiple of it."""
+    """Markdown: flatkern's time, and everybody else's as a multiple of it; large shapes first."""
     lines = []
-    for (op, shape, dtype, size), seconds in times.items():
+    # Sorting is stable: within a dtype and shape the ops keep the order of the benchmarks.
+    for (op, shape, dtype, size), seconds in sorted(
+        times.items(), key=lambda item: (-int(item[0][1].split("x")[0]), item[0][2])
+    ):
         own = seconds["flatkern"]
         ratios = [
             f"{seconds[name] / own:.1f}x" if name in seconds else ""

@@ -46,6 +46,6 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("30 % flipped", 0.3, epochs=14, quick_epochs=8, sigma=0.6, dropout=0.9),
-    Setting("clean labels", 0.0, epochs=6, quick_epochs=4, sigma=0.1, dropout=0.1),
+    Setting("30 % flipped", 0.3, epochs=14, quick_epochs=7, sigma=0.6, dropout=0.9),
+    Setting("clean labels", 0.0, epochs=6, quick_epochs=3, sigma=0.1, dropout=0.1),
 )

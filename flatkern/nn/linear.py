@@ -41,6 +41,8 @@ def check_linear(linear: nn.Module, name: str = "linear") -> None:
     what = f"{_OP}: {name} must be nn.Linear, got {type(linear).__name__}"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         raise TypeError(f"{what}: nn.MultiheadAttention reads its weight and never calls it")
+    if isinstance(linear, LoRALinear):
+        raise TypeError(f"{what}: it has adapters already")
     if not isinstance(linear, nn.Linear):
         raise TypeError(what)
     if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:

@@ -38,7 +38,8 @@ def kinds(
             continue
         types = accepted if isinstance(accepted, tuple) else (accepted,)
         names = " or ".join(t.__name__ for t in types) + (" or None" if optional else "")
-        raise TypeError(f"{op}: {argument} must be {names}, got {type(value).__name__}")
+        hint = ", whose .to(device) is one" if hasattr(value, "to") and Tensor in types else ""
+        raise TypeError(f"{op}: {argument} must be {names}, got {type(value).__name__}{hint}")
 
 
 def weight(op: str, value: Tensor, argument: str = "weight") -> tuple[int, int]:
@@ -109,8 +110,8 @@ def adapters(
     if lora_A is None and lora_B is None:
         return
     if lora_A is None or lora_B is None:
-        missing = "lora_A" if lora_A is None else "lora_B"
-        raise ValueError(f"{op}: {missing} must be given with the other adapter, got None")
+        missing, given = ("lora_A", "lora_B") if lora_A is None else ("lora_B", "lora_A")
+        raise ValueError(f"{op}: {missing} must be given together with {given}, got None")
     rows, cols = shape
     if lora_A.dtype not in FLOAT_DTYPES or lora_A.dim() != 2 or lora_A.shape[1] != cols:
         refuse(op, "lora_A", f"floating [r, {cols}]", lora_A)

@@ -197,7 +197,7 @@ def test_a_replaced_layer_is_not_replaced_again():
     model = nn.ModuleDict({"a": Block()})
     replace_linear(model, "all-linear")
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"a\.proj must be nn.Linear, got LoRALinear"):
+    with pytest.raises(TypeError, match=r"a\.proj must be .* it has adapters already"):
         replace_linear(model, ["proj"])
     with pytest.raises(ValueError, match="not found"):
         replace_linear(model, "all-linear")

@@ -383,3 +383,8 @@ def test_the_backend_is_put_back_after_an_exception():
         with pytest.raises(ZeroDivisionError), flatkern.backend("reference"):
             1 / (flatkern.build_info()["backend"] != "reference")
         assert flatkern.build_info()["backend"] == "auto"
+
+
+def test_a_noise_key_in_place_of_its_tensor_is_explained():
+    with pytest.raises(TypeError, match=r"must be Tensor, got NoiseKey, whose \.to\(device\)"):
+        flatkern.ops.noise(2, 3, flatkern.NoiseKey(1))
