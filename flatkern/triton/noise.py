@@ -93,9 +93,7 @@ def _normals(state, group, scale):
 
 
 @triton.jit
-def noise_tile(
-    state, group, scale, ROWS: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr
-):
+def noise_tile(state, group, scale, ROWS: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr):
     """scale z / RADIUS of VECTORS x WIDTH adjacent columns, float32 [ROWS, VECTORS * WIDTH].
 
     `group` [1, VECTORS] is the first group of each vector, even where WIDTH is 8. Joining, not indexing, leaves the WIDTH

@@ -29,23 +29,29 @@ LEFT_OUT = (
     # numpy, which interprets, computes as PyTorch is told.
     "flush_denormal",
 )
+EVERY_OP = f"triton and not ({' or '.join(LEFT_OUT)})"
 SELECTIONS = {
-    "kernels": ["triton/test_kernels.py"],
-    "noise and perturb": ["ops/test_noise.py", "ops/test_perturb.py"],
-    "row_norm and perturb_merged": ["ops/test_row_norm.py", "ops/test_perturb_merged.py"],
+    "kernels": (["triton/test_kernels.py"], ""),
+    "noise": (["ops/test_noise.py"], EVERY_OP),
+    "perturb": (["ops/test_perturb.py"], EVERY_OP),
+    "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
+    "noisy_linear": (
+        ["ops/test_noisy_linear.py"],
+        "triton and (values_and_gradients or random_problems)",
+    ),
 }
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_interpreted(selection):
+    files, chosen = SELECTIONS[selection]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FLATKERN_TEST_REQUIRE": "triton"}
     environment.pop("FLATKERN_BACKEND", None)
-    chosen = "" if selection == "kernels" else f"triton and not ({' or '.join(LEFT_OUT)})"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
     # Infinities and NaN are meant; numpy warns of them.
     command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
-    command += [str(TESTS / file) for file in SELECTIONS[selection]]
+    command += [str(TESTS / file) for file in files]
     run = subprocess.run(
         command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
     )
