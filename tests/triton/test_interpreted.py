@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,19 +43,36 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_interpreted(selection):
+def interpret(selection):
     files, chosen = SELECTIONS[selection]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FLATKERN_TEST_REQUIRE": "triton"}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "FLATKERN_TEST_REQUIRE": "triton",
+        # numpy interprets, in one thread.
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("FLATKERN_BACKEND", None)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
     # Infinities and NaN are meant; numpy warns of them.
     command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
     command += [str(TESTS / file) for file in files]
-    run = subprocess.run(
+    return subprocess.run(
         command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """All selections, side by side on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SELECTIONS, pool.map(interpret, SELECTIONS), strict=True))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_interpreted(runs, selection):
+    run = runs[selection]
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout, "FLATKERN_TEST_REQUIRE lets nothing of Triton skip"
