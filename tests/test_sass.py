@@ -34,7 +34,7 @@ CUDA_CEILINGS = {
 }
 TRITON_CEILINGS = {
     "noise": 24.0,
-    "philox_bits": 21.0,
+    "philox_bits": 22.0,
     "perturb": 20.5,
     "perturb elementwise": 21.5,
     "restore": 20.5,
@@ -85,6 +85,10 @@ def test_triton(triton_reports, name, arch):
     assert_no_spills(report)
     if op == "row_norm":
         assert "128" in report.loads
+    elif op == "philox_bits":
+        # Not in any training step; the oldest Triton pairs its words through shared memory.
+        assert set(report.stores) == {"128"}
+        assert report.per_element <= TRITON_CEILINGS[op]
     elif "unaligned" not in name:
         assert_streams(report, TRITON_CEILINGS[op + " elementwise" * ("elementwise" in name)])
 
