@@ -44,6 +44,7 @@ static void launch_rows(const RowNormArgs& args, int sm_count, cudaStream_t stre
 
 void launch_row_norm(const RowNormArgs& args, int sm_count, cudaStream_t stream) {
   if (args.rows == 0) return;
+  if (args.rank > kDirectRank && args.cols > 0) return launch_row_norm_mma(args, sm_count, stream);
   with_type(args.weight_dtype, [&](auto weight) {
     using T = decltype(weight);
     const int64_t shared = norm_shares_rows(args.rows, sm_count) ? args.rows / kNormRows : 0;

@@ -87,4 +87,7 @@ __device__ __forceinline__ float finish_row(const RowNormArgs& args, int64_t row
   return norm * args.relative_scale;
 }
 
+// On tensor cores, for ranks beyond kDirectRank.
+void launch_row_norm_mma(const RowNormArgs& args, int sm_count, cudaStream_t stream);
+
 }  // namespace flatkern::cuda
