@@ -36,6 +36,17 @@ __device__ __forceinline__ SplitLeft load_left(const RowNormArgs& args, int64_t 
   return left;
 }
 
+// This lane's part of A for a product, from four columns at its four ranks.
+__device__ __forceinline__ SplitRight split_right(const Bits128* a, int product) {
+  SplitRight right;
+#pragma unroll
+  for (int word = 0; word < 2; ++word) {
+    split_pair(float_of_bits(a[2 * word].w[product]), float_of_bits(a[2 * word + 1].w[product]),
+               right.part[0][word], right.part[1][word], right.part[2][word]);
+  }
+  return right;
+}
+
 // kVector merged columns of a row, from the accumulators of its half of the rows.
 template <class T>
 __device__ __forceinline__ float square_sum(const Packed<T>& weight, const float (*products)[4],
@@ -53,13 +64,15 @@ __device__ __forceinline__ float square_sum(const Packed<T>& weight, const float
 // A block takes Tiles times kMmaRows rows, which share what a warp loads and splits of A; its
 // warps take turns at the columns.
 template <int Tiles, class T, bool Aligned>
-__global__ void __launch_bounds__(kThreads) row_norm_mma_kernel(RowNormArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) row_norm_mma_kernel(RowNormArgs args) {
   constexpr int kRows = Tiles * kMmaRows;
   __shared__ SplitLeft staged[kStagedBlocks][Tiles][kWarp];
-  __shared__ double partial[kWarpsPerBlock][kRows];
+  // Each thread's share of its rows' sums.
+  __shared__ double shares[2 * Tiles][kThreads];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int group = lane / 4, member = lane % 4;
-  const int blocks = static_cast<int>(divide_up(args.rank, kMmaRanks));
+  const int rank = static_cast<int>(args.rank);
+  const int blocks = static_cast<int>(divide_up(rank, kMmaRanks));
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kRows;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows; row < args.rows; row += stride) {
     const auto left_of = [&](int block, int tile) {
@@ -70,68 +83,70 @@ __global__ void __launch_bounds__(kThreads) row_norm_mma_kernel(RowNormArgs args
     }
     __syncthreads();
 
-    double shares[Tiles][2] = {};
+#pragma unroll
+    for (int r = 0; r < 2 * Tiles; ++r) shares[r][threadIdx.x] = 0.0;
     for (int64_t first = warp * kMmaCols; first < args.cols; first += kThreads / kWarp * kMmaCols) {
+      float products[Tiles][4][4] = {};
+      // Ranks from this lane's on; none where its columns are past the end.
+      const float* next = args.lora_A + 4 * member * args.lora_A_stride + first + 4 * group;
+      int ranks = first + 4 * group < args.lora_A_stride ? rank - 4 * member : 0;
+      Bits128 a[4];
+      const auto load_next = [&] {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[i] = i < ranks ? reinterpret_cast<const Bits128*>(next + i * args.lora_A_stride)[0]
+                           : Bits128{};
+        }
+        next += kMmaRanks * args.lora_A_stride;
+        ranks -= kMmaRanks;
+      };
+      SplitRight right[4];
+      const auto split = [&] {
+#pragma unroll
+        for (int product = 0; product < 4; ++product) right[product] = split_right(a, product);
+      };
+      const auto multiply = [&](const SplitLeft& left, int tile) {
+#pragma unroll
+        for (int product = 0; product < 4; ++product) {
+          mma_split(products[tile][product], left, right[product]);
+        }
+      };
+      load_next();
+      int block = 0;
+      for (; block < blocks && block < kStagedBlocks; ++block) {
+        split();
+        load_next();
+        __syncwarp();
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) multiply(staged[block][tile][lane], tile);
+      }
+      for (; block < blocks; ++block) {
+        split();
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) multiply(left_of(block, tile), tile);
+        load_next();
+      }
+      // Loaded last: the registers are needed above, and other warps multiply meanwhile.
       const int64_t j = first + member * kVector;
-      Packed<T> packed[Tiles][2] = {};
+      Packed<T> packed[2 * Tiles] = {};
 #pragma unroll
       for (int r = 0; r < 2 * Tiles; ++r) {
         const int64_t at = row + 8 * r + group;
         const T* here = static_cast<const T*>(args.weight) + at * args.weight_stride;
         if (at < args.rows) {
-          packed[r / 2][r % 2] = Aligned && j + kVector <= args.cols
-                                     ? load_packed(here + j)
-                                     : load_padded(here, j, args.cols);
-        }
-      }
-      float products[Tiles][4][4] = {};
-      const bool inside = first + 4 * group < args.lora_A_stride;
-      const float* lora_A = args.lora_A + 4 * member * args.lora_A_stride + first + 4 * group;
-      for (int block = 0; block < blocks; ++block) {
-        Bits128 a[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (inside && block * kMmaRanks + 4 * member + i < args.rank) {
-            a[i] = *reinterpret_cast<const Bits128*>(lora_A + i * args.lora_A_stride);
-          }
-        }
-        lora_A += kMmaRanks * args.lora_A_stride;
-        SplitLeft left[Tiles];
-#pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) {
-          left[tile] = block < kStagedBlocks ? staged[block][tile][lane] : left_of(block, tile);
-        }
-#pragma unroll
-        for (int product = 0; product < 4; ++product) {
-          SplitRight right;
-#pragma unroll
-          for (int word = 0; word < 2; ++word) {
-            split_pair(float_of_bits(a[2 * word].w[product]),
-                       float_of_bits(a[2 * word + 1].w[product]), right.part[0][word],
-                       right.part[1][word], right.part[2][word]);
-          }
-#pragma unroll
-          for (int tile = 0; tile < Tiles; ++tile) {
-            mma_split(products[tile][product], left[tile], right);
-          }
+          packed[r] = Aligned && j + kVector <= args.cols ? load_packed(here + j)
+                                                          : load_padded(here, j, args.cols);
         }
       }
 #pragma unroll
       for (int r = 0; r < 2 * Tiles; ++r) {
-        shares[r / 2][r % 2] += square_sum(packed[r / 2][r % 2], products[r / 2], r % 2);
+        shares[r][threadIdx.x] += square_sum(packed[r], products[r / 2], r % 2);
       }
     }
-
-#pragma unroll
-    for (int r = 0; r < 2 * Tiles; ++r) {
-      double share = shares[r / 2][r % 2];
-      share += __shfl_xor_sync(0xFFFFFFFFu, share, 1);
-      share += __shfl_xor_sync(0xFFFFFFFFu, share, 2);
-      if (member == 0) partial[warp][8 * r + group] = share;
-    }
     __syncthreads();
+    // Four lanes of each of the eight warps have a share in a row.
     for (int r = warp; r < kRows && row + r < args.rows; r += kWarpsPerBlock) {
-      const double share = lane < kWarpsPerBlock ? partial[lane][r] : 0.0;
+      const double share = shares[r / 8][lane / 4 * kWarp + 4 * (r % 8) + lane % 4];
       const float norm = finish_row<T>(args, row + r, share);
       if (lane == 0) args.norm[row + r] = norm;
     }
