@@ -21,7 +21,7 @@
 #define __device__
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using cudaStream_t = void*;
 
@@ -167,6 +167,9 @@ inline void mma_m16n8k16_bf16(float* c, const uint32_t* a, const uint32_t* b) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::State::kAtBarrier); }
+
+// Lanes exchange nothing through memory, so there is nothing to wait for.
+inline void __syncwarp() {}
 
 inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
   if (mask != 0xFFFFFFFFu) emulator::fail("a shuffle of part of a warp is not emulated");
