@@ -5,9 +5,6 @@ BIN := $(VENV)/bin
 # Any torch from 2.11 to 2.14 works. With nvcc around, take a CUDA build, which brings the headers
 # that CUDA kernels compile against; elsewhere a smaller one does.
 TORCH ?= $(if $(shell command -v nvcc),torch==2.14.1,torch==2.13.0)
-# One architecture keeps the build short: this GPU's, or Hopper's. Without it setup.py builds for all.
-export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
-	2>/dev/null | sort -u | paste -sd ';'),9.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 

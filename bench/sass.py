@@ -194,7 +194,9 @@ def analyse_file(file: Path) -> list[Report]:
         return analyse(file)
     with tempfile.TemporaryDirectory() as folder:
         _run("cuobjdump", "-xelf", "all", str(file.resolve()), cwd=folder)
-        return [report for cubin in sorted(Path(folder).glob("*.cubin")) for report in analyse(cubin)]
+        return [
+            report for cubin in sorted(Path(folder).glob("*.cubin")) for report in analyse(cubin)
+        ]
 
 
 def table(reports: list[Report]) -> str:
@@ -232,7 +234,7 @@ def main() -> None:
     import flatkern
     from bench import sass_triton
 
-    reports = [report for arch in ARCHS for report in sass_triton.reports(arch)]
+    reports = sass_triton.reports((name, arch) for name in sass_triton.cases() for arch in ARCHS)
     versions = sass_triton.versions()
     extension = getattr(flatkern._backend._C, "__file__", None)
     if extension:

@@ -1,7 +1,10 @@
 """Triton's kernels, compiled ahead of time exactly as the launchers would have them compiled."""
 
+import multiprocessing
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +125,10 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
         def cast(lower, weight=weight):
             return lambda: kernels.perturb(weight, scale, key, dtype=lower)
 
+        # An odd width of rows: one element at a time.
+        unaligned = tensor(dtype, cols=COLS - 1)
         found[f"perturb_ {name}"] = in_place(kernels.perturb_), size
+        found[f"perturb_ {name} unaligned"] = in_place(kernels.perturb_, unaligned), size
         found[f"restore_ {name}"] = in_place(kernels.restore_), size
         found[f"perturb_ {name} elementwise"] = in_place(kernels.perturb_, elementwise=True), size
         found[f"restore_ {name} elementwise"] = in_place(kernels.restore_, elementwise=True), size
@@ -167,9 +173,12 @@ def report_of(launch: Launch, arch: int, element_bytes: int, name: str) -> Repor
     return replace(found, kernel=f"Triton {name}")
 
 
-def reports(arch: int) -> list[Report]:
-    """Reports of all cases."""
-    return [report(name, arch) for name in cases()]
+def reports(wanted: Iterable[tuple[str, int]]) -> list[Report]:
+    """Reports of (case, architecture) pairs, in their order, on all cores."""
+    # Spawned: a fork of a process in which torch has started threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        return list(pool.map(report, *zip(*wanted, strict=True)))
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,13 @@ import torch
 from flatkern._version import __version__
 
 # Triton's interpreter, switched on before triton is imported, runs the kernels on CPU tensors.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1",
+    "true",
+    "yes",
+    "on",
+    "y",
+)
 
 # What serves a device type, best first; reference serves every device.
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -167,11 +173,16 @@ def backend(name: str) -> Iterator[None]:
 
 
 def build_info() -> dict[str, object]:
-    """What is built and usable, and why the rest is not: plain values, printable as they are."""
+    """What is built and usable, and why the rest is not: plain values, printable as they are.
+
+    `auto` is what an op takes on tensors of each device type that is there.
+    """
+    has_cuda = torch.cuda.is_available()
     return {
         "flatkern": __version__,
         "torch": torch.__version__,
         "backend": _named,
+        "auto": {kind: _automatic(kind) for kind in PREFERENCE if kind != "cuda" or has_cuda},
         "backends": {name: _why_unusable(name) or "usable" for name in NAMES},
         "extension": _C.build_info() if _C is not None else _why_no_extension,
     }

@@ -89,7 +89,7 @@ def test_the_error_ends_a_build(tmp_path):
 
 
 def test_architectures(build, nvcc, monkeypatch):
-    assert build.cuda_archs(nvcc) == "8.0;8.9;9.0+PTX"
+    assert build.cuda_archs(nvcc) == "8.0;9.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a 12.0")
     assert build.cuda_archs(nvcc) == "9.0a 12.0"
 

@@ -136,3 +136,37 @@ def test_beyond_int32(backend, cols):
     c = ops.perturb_merged_(tail, None, None, 1.0, 0.1, key, row_offset=rows - 20)
     assert_same_bits(ops.perturb_merged_(weight, None, None, 1.0, 0.1, key)[last], c)
     assert_same_bits(weight[last], tail)
+
+
+@pytest.mark.parametrize("mode", ["virtual", "inplace"])
+def test_flat_lora_trains_and_leaves_the_weights(backend, mode):
+    def train(device):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 8)
+        )
+        flatkern.nn.replace_linear(model, "all-linear", r=4)
+        model.to(device)
+        x = torch.randn(32, 64).to(device)
+        frozen = [w.clone() for w in model.parameters() if not w.requires_grad]
+        trained = [w for w in model.parameters() if w.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        method = flatkern.methods.FlatLoRA(model, optimizer, sigma=0.3, mode=mode)
+        losses = [method.step(lambda batch: model(batch).square().mean(), [x]) for _ in range(5)]
+        after = [w for w in model.parameters() if not w.requires_grad]
+        for got, expected in zip(after, frozen, strict=True):
+            assert_same_bits(got, expected)
+        return losses
+
+    got = train("cuda")
+    with flatkern.backend("reference"):
+        expected = train("cpu")
+    # The same noise but for the tolerance of the hardware's functions.
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-3, atol=0)
+
+
+def test_auto_takes_the_compiled_kernels():
+    info = flatkern.build_info()
+    usable = flatkern.available_backends("cuda")
+    assert info["auto"]["cuda"] == usable[0]
+    assert usable[0] in ("cuda", "triton"), info["backends"]

@@ -89,11 +89,12 @@ def assert_within(got, exact, bound):
         )
 
 
-def assert_perturbed(implementation, got, expected, row_scale):
+def assert_perturbed(implementation, got, expected, size):
     """`expected` is built from the implementation's own noise, one rounding at a time.
 
     An implementation that multiplies c into the radius rounds e once less: its e may differ by the
-    noise tolerance times c, and the result by one more ulp where that crosses a rounding boundary.
+    noise tolerance times its `size`, c [rows] or c |W|, and the result by one more ulp where that
+    crosses a rounding boundary.
     """
     if not implementation.folds_scale:
         assert_same_bits(got.cpu(), expected)
@@ -103,7 +104,9 @@ def assert_perturbed(implementation, got, expected, row_scale):
     assert got.shape == expected.shape
     finite = expected.isfinite()
     assert_same_bits(got[~finite], expected[~finite])
-    scale = torch.where(row_scale.isfinite(), row_scale, 0).abs().double().cpu()
-    scale = scale.view(-1, *[1] * (expected.dim() - 1)).expand_as(expected)
-    bound = NOISE_BULK * scale + ulp(expected.double().nan_to_num(), expected.dtype)
+    size = torch.where(size.isfinite(), size, 0).abs().double().cpu()
+    if size.dim() < expected.dim():
+        size = size.view(-1, *[1] * (expected.dim() - 1))
+    size = size.expand_as(expected)
+    bound = NOISE_BULK * size + ulp(expected.double().nan_to_num(), expected.dtype)
     assert_within(got[finite], expected[finite], bound[finite])

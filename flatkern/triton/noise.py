@@ -93,13 +93,12 @@ def _normals(state, group, scale):
 
 
 @triton.jit
-def noise_tile(
-    state, group, scale, ROWS: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr
-):
+def noise_tile(state, group, scale, ROWS: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr):
     """scale z / RADIUS of VECTORS x WIDTH adjacent columns, float32 [ROWS, VECTORS * WIDTH].
 
-    `group` [1, VECTORS] is the first group of each vector, even where WIDTH is 8. Joining, not indexing, leaves the WIDTH
-    (4 or 8) columns of a vector in one thread, where a 128-bit store wants them.
+    `group` [1, VECTORS] is the first group of each vector, even where WIDTH is 8. Joining, not
+    indexing, leaves the WIDTH (4 or 8) columns of a vector in one thread, where a 128-bit store
+    wants them.
     """
     z0, z1, z2, z3 = _normals(state, group, scale)
     if WIDTH == 4:
@@ -151,7 +150,7 @@ def noise_kernel(
         out += row * (cols // 4 * 4) + begin
     else:
         out += row * cols + (begin - shift)
-    for tile in range(0, (last + VECTORS * 4 - 1) // (VECTORS * 4)):
+    for tile in range((last + VECTORS * 4 - 1) // (VECTORS * 4)):
         group = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
         z = noise_tile(state, first_group + group.to(tl.uint32), RADIUS, ROWS, VECTORS, 4)
         j = tile * (VECTORS * 4) + tl.arange(0, VECTORS * 4)[None, :]
@@ -185,7 +184,7 @@ def philox_bits_kernel(
         out += row * (cols // 4 * 4) + begin
     else:
         out += row * cols + (begin - shift)
-    for tile in range(0, (last + VECTORS * 4 - 1) // (VECTORS * 4)):
+    for tile in range((last + VECTORS * 4 - 1) // (VECTORS * 4)):
         group = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
         w0, w1, w2, w3 = philox_group(state, first_group + group.to(tl.uint32))
         for lane in tl.static_range(0, 4, 2):

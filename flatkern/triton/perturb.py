@@ -103,7 +103,7 @@ def perturb_rows(
         ordinary = tl.max((after != 1.0).to(tl.int32)) == 0
         done = tl.where(ordinary, tiles, 0)
         whole = tl.where(ordinary, last // (span * UNROLL), 0)
-        for i in range(0, whole):
+        for i in range(whole):
             for u in tl.static_range(UNROLL):
                 tile = i * UNROLL + u
                 _perturb_tile(

@@ -67,7 +67,7 @@ def _merged_tile(
         product = tl.zeros((ROWS, COLS), tl.float32)
         # One chunk leaves no loop, so that the loop over columns is the one whose loads run ahead.
         chunks = 1 if ADAPTERS == "one chunk" else (rank + RANKS - 1) // RANKS
-        for chunk in range(0, chunks):
+        for chunk in range(chunks):
             k = chunk * RANKS + tl.arange(0, RANKS)
             b = tl.load(lora_B + k[None, :] * b_col_stride, mask=k[None, :] < rank, other=0.0)
             a_at = lora_A + k[:, None].to(tl.int64) * a_row_stride + j * a_col_stride
@@ -99,7 +99,7 @@ def _sum_squares_wide(
         mask = j < cols
         merged = widen(tl.load(weight + j, mask=mask, other=0.0)).to(tl.float64)
         if ADAPTERS != "none":
-            for k in range(0, rank):
+            for k in range(rank):
                 a = tl.load(lora_A + k * a_row_stride + j * a_col_stride, mask=mask, other=0.0)
                 b = widen(tl.load(lora_B + k * b_col_stride)).to(tl.float64)
                 merged += scaling * b * widen(a).to(tl.float64)

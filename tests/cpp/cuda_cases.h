@@ -38,6 +38,7 @@ inline std::vector<float> scales_of(int64_t rows, int64_t start) {
                            -INFINITY, 0x1p-149f, 3e-39f, 0x1.8p-101f, 0x1p-100f, 0x1p126f,
                            3e38f,     -0.7f,     1e-3f,  0x1.FFp125f, 300.0f};
   std::vector<float> scales(rows);
-  for (int64_t i = 0; i < rows; ++i) scales[i] = special[(start + i) % (sizeof special / sizeof *special)];
+  for (int64_t i = 0; i < rows; ++i)
+    scales[i] = special[(start + i) % (sizeof special / sizeof *special)];
   return scales;
 }

@@ -43,6 +43,13 @@ def expect(weight, scale, key, *, elementwise=False, dtype=None, sign=1.0, **off
     )
 
 
+def noise_size(weight, scale, elementwise):
+    """What z is multiplied by."""
+    if not elementwise:
+        return scale
+    return scale.double().view(-1, *[1] * (weight.dim() - 1)) * weight.double().abs()
+
+
 def check_all_forms(implementation, weight, scale, key, *, elementwise=False, **offsets):
     """perturb, out=, in place and restore of one weight; returns the noisy weight on the CPU."""
     options = {"elementwise": elementwise, **offsets}
@@ -51,7 +58,8 @@ def check_all_forms(implementation, weight, scale, key, *, elementwise=False, **
     noisy = flatkern.ops.perturb(weight, scale, key, **options)
     assert noisy.is_contiguous()
     assert noisy.device == weight.device
-    tolerances.assert_perturbed(implementation, noisy, expected, scale)
+    size = noise_size(weight, scale, elementwise)
+    tolerances.assert_perturbed(implementation, noisy, expected, size)
     tolerances.assert_same_bits(weight, original)
 
     out = torch.full_like(weight, SENTINEL)
@@ -140,7 +148,8 @@ def test_noise_is_added_during_the_cast(implementation, device, shape, dtype, lo
     options = {"elementwise": elementwise, **OFFSETS}
     expected = expect(weight, scale, key, dtype=lower, **options)
     noisy = flatkern.ops.perturb(weight, scale, key, dtype=lower, **options)
-    tolerances.assert_perturbed(implementation, noisy, expected, scale)
+    size = noise_size(weight, scale, elementwise)
+    tolerances.assert_perturbed(implementation, noisy, expected, size)
     out = torch.empty(shape, dtype=lower, device=device)
     flatkern.ops.perturb(weight, scale, key, out=out, **options)
     tolerances.assert_same_bits(out, noisy)
@@ -210,7 +219,8 @@ def test_float32_of_every_size(implementation, device, lower, elementwise):
     options = {"elementwise": elementwise, **OFFSETS}
     expected = expect(weight, scale, key, dtype=lower, **options)
     noisy = flatkern.ops.perturb(weight, scale, key, dtype=lower, **options)
-    tolerances.assert_perturbed(implementation, noisy, expected, scale)
+    size = noise_size(weight, scale, elementwise)
+    tolerances.assert_perturbed(implementation, noisy, expected, size)
 
 
 @pytest.mark.parametrize("elementwise", [False, True])

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,26 +30,49 @@ LEFT_OUT = (
     # numpy, which interprets, computes as PyTorch is told.
     "flush_denormal",
 )
+EVERY_OP = f"triton and not ({' or '.join(LEFT_OUT)})"
 SELECTIONS = {
-    "kernels": ["triton/test_kernels.py"],
-    "noise and perturb": ["ops/test_noise.py", "ops/test_perturb.py"],
-    "row_norm and perturb_merged": ["ops/test_row_norm.py", "ops/test_perturb_merged.py"],
+    "kernels": (["triton/test_kernels.py"], ""),
+    "noise": (["ops/test_noise.py"], EVERY_OP),
+    "perturb": (["ops/test_perturb.py"], EVERY_OP),
+    "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
+    "noisy_linear": (
+        ["ops/test_noisy_linear.py"],
+        "triton and (values_and_gradients or random_problems)",
+    ),
 }
+
+
+def interpret(selection):
+    files, chosen = SELECTIONS[selection]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "FLATKERN_TEST_REQUIRE": "triton",
+        # numpy interprets, in one thread.
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("FLATKERN_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
+    # Infinities and NaN are meant; numpy warns of them.
+    command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
+    command += [str(TESTS / file) for file in files]
+    return subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """All selections, side by side on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SELECTIONS, pool.map(interpret, SELECTIONS), strict=True))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_interpreted(selection):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FLATKERN_TEST_REQUIRE": "triton"}
-    environment.pop("FLATKERN_BACKEND", None)
-    chosen = "" if selection == "kernels" else f"triton and not ({' or '.join(LEFT_OUT)})"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
-    # Infinities and NaN are meant; numpy warns of them.
-    command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
-    command += [str(TESTS / file) for file in SELECTIONS[selection]]
-    run = subprocess.run(
-        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
-    )
+def test_interpreted(runs, selection):
+    run = runs[selection]
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout, "FLATKERN_TEST_REQUIRE lets nothing of Triton skip"

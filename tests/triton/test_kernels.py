@@ -135,7 +135,9 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(real_tiles, dtype):
     key = make_key()
     together = flatkern.ops.perturb(weight, scale, key)
     for row in range(8):
-        alone = flatkern.ops.perturb(weight[row : row + 1], scale[row : row + 1], key, row_offset=row)
+        alone = flatkern.ops.perturb(
+            weight[row : row + 1], scale[row : row + 1], key, row_offset=row
+        )
         tolerances.assert_same_bits(alone, together[row : row + 1])
 
 
@@ -146,7 +148,8 @@ def test_what_is_not_finite_stays(real_tiles, dtype):
     clean = flatkern.ops.perturb(weight, scale, make_key())
     integer = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     nan = torch.tensor(float("nan")).to(dtype).view(integer)
-    special = torch.stack([nan + 1, -nan, *torch.tensor([1e39, -1e39]).to(dtype).view(integer)])
+    negative = nan + torch.iinfo(integer).min
+    special = torch.stack([nan + 1, negative, *torch.tensor([1e39, -1e39]).to(dtype).view(integer)])
     weight[1:3, 700:704] = special.view(dtype)
     scale[3] = float("nan")
     got = flatkern.ops.perturb(weight, scale, make_key())

@@ -1,0 +1,191 @@
+"""What the compilers made of the kernels, without a GPU: instructions, widths, spills.
+
+A layout that narrows stores, goes through shared memory or spills costs a multiple on a GPU, and no
+result shows it. `python -m bench.sass` writes the table of all kernels.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import flatkern
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("an installed copy has no bench", allow_module_level=True)
+pytest.importorskip("tabulate")
+pytest.importorskip("triton", reason="Triton's package has the disassembler")
+sys.path.insert(0, str(ROOT))
+
+from bench import sass  # noqa: E402
+
+EXTENSION = flatkern.build_info()["extension"]
+
+# Instructions per element, the most over sm_80, sm_90 and sm_100 and over the compilers of the
+# oldest and the newest torch, rounded up: the noise alone is 17 of them.
+CUDA_CEILINGS = {
+    "noise_kernel<true>": 18.5,
+    "perturb": 21.0,
+    "perturb elementwise": 22.0,
+    "restore": 21.0,
+    # Divides.
+    "restore elementwise": 36.0,
+}
+TRITON_CEILINGS = {
+    "noise": 24.0,
+    "philox_bits": 21.0,
+    "perturb": 20.5,
+    "perturb elementwise": 21.5,
+    "restore": 20.5,
+    "restore elementwise": 44.0,
+    "perturb_merged": 20.5,
+}
+# Bytes of stack. What the fused kernels spill is around what only rows at the ends of float32 run.
+CUDA_STACK = {"perturb_merged_kernel": 40, "row_norm_kernel": 32}
+TRITON_FUSED_STACK = 288
+
+
+def assert_streams(report, ceiling):
+    """The hot part moves 128 bits at a time, in registers, within the ceiling."""
+    assert report.per_element is not None, "no store of 128 bits"
+    assert set(report.stores) == {"128"}
+    assert set(report.loads) <= {"128"}
+    assert report.shared == 0
+    assert report.per_element <= ceiling
+
+
+def assert_no_spills(report):
+    assert (report.spills, report.spill_bytes) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def triton_reports():
+    from bench import sass_triton
+
+    wanted = [(name, arch) for name in sass_triton.cases() for arch in sass.ARCHS]
+    return dict(zip(wanted, sass_triton.reports(wanted), strict=True))
+
+
+def triton_names():
+    from bench import sass_triton
+
+    return sass_triton.cases()
+
+
+@pytest.mark.parametrize("arch", sass.ARCHS)
+@pytest.mark.parametrize("name", triton_names())
+def test_triton(triton_reports, name, arch):
+    report = triton_reports[name, arch]
+    op = name.split()[0].rstrip("_")
+    if op == "perturb_merged":
+        assert_streams(report, TRITON_CEILINGS[op])
+        assert report.spill_bytes <= TRITON_FUSED_STACK
+        return
+    assert_no_spills(report)
+    if op == "row_norm":
+        assert "128" in report.loads
+    elif "unaligned" not in name:
+        assert_streams(report, TRITON_CEILINGS[op + " elementwise" * ("elementwise" in name)])
+
+
+@pytest.fixture(scope="module")
+def cuda_reports():
+    if not isinstance(EXTENSION, dict) or not EXTENSION["cuda"]:
+        pytest.skip("flatkern._C was built without CUDA")
+    return sass.analyse_file(Path(flatkern._backend._C.__file__))
+
+
+def cuda_form(report):
+    """(op, elementwise) of an instance of perturb_kernel<Op, Src, Dst, Elementwise>."""
+    op, *_, elementwise = report.kernel.partition("<")[2].rstrip(">").split(", ")
+    return op.lower() + " elementwise" * (elementwise == "true")
+
+
+def test_cuda_was_compiled_for_what_it_says(cuda_reports):
+    archs = EXTENSION["cuda"]["archs"].replace(";", " ").replace("+PTX", "").split()
+    expected = {int(arch.replace(".", "").rstrip("af")) for arch in archs}
+    assert {report.arch for report in cuda_reports} == expected
+
+
+def test_cuda_elementwise(cuda_reports):
+    vectors = [r for r in cuda_reports if r.kernel.startswith("perturb_kernel<")]
+    archs = {report.arch for report in cuda_reports}
+    # Nine pairs of dtypes perturb, three dtypes restore, both with and without elementwise.
+    assert len(vectors) == 24 * len(archs)
+    for report in vectors:
+        assert_streams(report, CUDA_CEILINGS[cuda_form(report)])
+        assert_no_spills(report)
+
+
+def test_cuda_noise(cuda_reports):
+    found = [r for r in cuda_reports if r.kernel == "noise_kernel<true>"]
+    assert found
+    for report in found:
+        assert_streams(report, CUDA_CEILINGS[report.kernel])
+        assert_no_spills(report)
+
+
+def test_cuda_spills(cuda_reports):
+    for report in cuda_reports:
+        assert report.spill_bytes <= CUDA_STACK.get(report.kernel.partition("<")[0], 0), report
+
+
+def test_cuda_row_norms_and_fused_kernels_move_128_bits(cuda_reports):
+    for report in cuda_reports:
+        if report.kernel.startswith("perturb_merged_kernel"):
+            assert "128" in report.stores
+        elif report.kernel.startswith("row_norm") and report.kernel.endswith("true>"):
+            assert "128" in report.loads
+
+
+SASS = """
+\t.section\t.text.kernel,"ax",@progbits
+.text.kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   FADD R4, R4, R5 ;
+        /*0030*/              @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0050*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0060*/                   STL [R1], R4 ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2);
+        /*0090*/                   NOP;
+\t.section\t.nv.constant0,"a"
+        /*0000*/                   FADD R4, R4, R5 ;
+"""
+
+
+def test_the_hot_part_is_the_smallest_loop_with_wide_stores():
+    (lines,) = sass.parse(SASS).values()
+    assert sass.count(lines) == 9
+    hot, is_loop = sass.hot_part(lines)
+    assert is_loop
+    assert sass.count(hot) == 4
+    assert sass.wide_bytes(hot) == 16
+    assert sass.widths(lines, "STG") == {"128": 1, "32": 1}
+    assert sass.widths(hot, "LDG") == {"128": 1}
+
+
+def test_without_a_loop_the_whole_kernel_counts():
+    (lines,) = sass.parse(SASS.replace("@P0 BRA `(.L_x_0)", "@P0 BRA `(.L_x_1)")).values()
+    hot, is_loop = sass.hot_part(lines)
+    assert not is_loop
+    assert hot == lines
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size"),
+    [
+        ("perturb_kernel<Perturb, float, BFloat16, false>", 2),
+        ("perturb_kernel<Perturb, BFloat16, float, true>", 4),
+        ("perturb_merged_kernel<Float16, true>", 2),
+        ("noise_kernel<true>", 4),
+    ],
+)
+def test_the_last_dtype_of_a_name_is_what_is_stored(kernel, size):
+    assert sass.stored_bytes(kernel) == size
