@@ -45,12 +45,6 @@ constexpr int kMmaRows = 16;
 constexpr int mma_tiles(int64_t rows, int sm_count) {
   return divide_up(rows, kMmaRows) > sm_count ? 2 : 1;
 }
-// No more blocks than the device holds at up to 128 registers a thread.
-constexpr int mma_blocks(int64_t rows, int tiles, int sm_count) {
-  const int64_t needed = divide_up(rows, kMmaRows * tiles);
-  const int64_t held = static_cast<int64_t>(sm_count) * 2;
-  return static_cast<int>(needed < held ? needed : held);
-}
 
 // Fused row norm and perturbation: a block holds kFusedRows whole rows in registers, kVector
 // columns of each row a thread.

@@ -62,7 +62,7 @@ __device__ __forceinline__ float square_sum(const Packed<T>& weight, const float
 }
 
 // A block takes Tiles times kMmaRows rows, which share what a warp loads and splits of A; its
-// warps take turns at the columns.
+// warps take turns at the columns. Two blocks fit an SM.
 template <int Tiles, class T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 2) row_norm_mma_kernel(RowNormArgs args) {
   constexpr int kRows = Tiles * kMmaRows;
@@ -73,89 +73,92 @@ __global__ void __launch_bounds__(kThreads, 2) row_norm_mma_kernel(RowNormArgs a
   const int group = lane / 4, member = lane % 4;
   const int rank = static_cast<int>(args.rank);
   const int blocks = static_cast<int>(divide_up(rank, kMmaRanks));
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kRows;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows; row < args.rows; row += stride) {
-    const auto left_of = [&](int block, int tile) {
-      return load_left(args, row + tile * kMmaRows + group, block * kMmaRanks + 4 * member);
-    };
-    for (int i = warp; i < Tiles * blocks && i < Tiles * kStagedBlocks; i += kWarpsPerBlock) {
-      staged[i / Tiles][i % Tiles][lane] = left_of(i / Tiles, i % Tiles);
-    }
-    __syncthreads();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const auto left_of = [&](int block, int tile) {
+    return load_left(args, row + tile * kMmaRows + group, block * kMmaRanks + 4 * member);
+  };
+  for (int i = warp; i < Tiles * blocks && i < Tiles * kStagedBlocks; i += kWarpsPerBlock) {
+    staged[i / Tiles][i % Tiles][lane] = left_of(i / Tiles, i % Tiles);
+  }
+  __syncthreads();
 
 #pragma unroll
-    for (int r = 0; r < 2 * Tiles; ++r) shares[r][threadIdx.x] = 0.0;
-    for (int64_t first = warp * kMmaCols; first < args.cols; first += kThreads / kWarp * kMmaCols) {
-      float products[Tiles][4][4] = {};
-      // Ranks from this lane's on; none where its columns are past the end.
-      const float* next = args.lora_A + 4 * member * args.lora_A_stride + first + 4 * group;
-      int ranks = first + 4 * group < args.lora_A_stride ? rank - 4 * member : 0;
-      Bits128 a[4];
-      const auto load_next = [&] {
+  for (int r = 0; r < 2 * Tiles; ++r) shares[r][threadIdx.x] = 0.0;
+  const int steps = static_cast<int>(divide_up(args.cols, kMmaCols));
+  for (int step = warp; step < steps; step += kWarpsPerBlock) {
+    const int64_t first = static_cast<int64_t>(step) * kMmaCols;
+    float products[Tiles][4][4] = {};
+    const float* next = args.lora_A + 4 * member * args.lora_A_stride + first + 4 * group;
+    const bool inside = first + 4 * group < args.lora_A_stride;
+    int ranks = rank;
+    // Four columns at this lane's ranks, zeros past the last column or rank.
+    Bits128 a[4];
+    const auto load_next = [&] {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[i] = i < ranks ? reinterpret_cast<const Bits128*>(next + i * args.lora_A_stride)[0]
-                           : Bits128{};
-        }
-        next += kMmaRanks * args.lora_A_stride;
-        ranks -= kMmaRanks;
-      };
-      SplitRight right[4];
-      const auto split = [&] {
+      for (int i = 0; i < 4; ++i) {
+        a[i] = inside && 4 * member + i < ranks
+                   ? reinterpret_cast<const Bits128*>(next + i * args.lora_A_stride)[0]
+                   : Bits128{};
+      }
+      next += kMmaRanks * args.lora_A_stride;
+      ranks -= kMmaRanks;
+    };
+    SplitRight right[4];
+    const auto split = [&] {
 #pragma unroll
-        for (int product = 0; product < 4; ++product) right[product] = split_right(a, product);
-      };
-      const auto multiply = [&](const SplitLeft& left, int tile) {
+      for (int product = 0; product < 4; ++product) right[product] = split_right(a, product);
+    };
+    const auto multiply = [&](const SplitLeft& left, int tile) {
 #pragma unroll
-        for (int product = 0; product < 4; ++product) {
-          mma_split(products[tile][product], left, right[product]);
-        }
-      };
+      for (int product = 0; product < 4; ++product) {
+        mma_split(products[tile][product], left, right[product]);
+      }
+    };
+    load_next();
+    int block = 0;
+    for (; block < blocks && block < kStagedBlocks; ++block) {
+      split();
       load_next();
-      int block = 0;
-      for (; block < blocks && block < kStagedBlocks; ++block) {
-        split();
-        load_next();
-        __syncwarp();
+      // Else the compiler saves registers by loading at the end, just before the use.
+      __syncwarp();
 #pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) multiply(staged[block][tile][lane], tile);
-      }
-      for (; block < blocks; ++block) {
-        split();
+      for (int tile = 0; tile < Tiles; ++tile) multiply(staged[block][tile][lane], tile);
+    }
+    for (; block < blocks; ++block) {
+      split();
 #pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) multiply(left_of(block, tile), tile);
-        load_next();
-      }
-      // Loaded last: the registers are needed above, and other warps multiply meanwhile.
-      const int64_t j = first + member * kVector;
-      Packed<T> packed[2 * Tiles] = {};
+      for (int tile = 0; tile < Tiles; ++tile) multiply(left_of(block, tile), tile);
+      load_next();
+    }
+    // Loaded last: the registers are needed above, and other warps multiply meanwhile.
+    const int64_t j = first + member * kVector;
+    Packed<T> packed[2 * Tiles] = {};
 #pragma unroll
-      for (int r = 0; r < 2 * Tiles; ++r) {
-        const int64_t at = row + 8 * r + group;
-        const T* here = static_cast<const T*>(args.weight) + at * args.weight_stride;
-        if (at < args.rows) {
-          packed[r] = Aligned && j + kVector <= args.cols ? load_packed(here + j)
-                                                          : load_padded(here, j, args.cols);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < 2 * Tiles; ++r) {
-        shares[r][threadIdx.x] += square_sum(packed[r], products[r / 2], r % 2);
+    for (int r = 0; r < 2 * Tiles; ++r) {
+      const int64_t at = row + 8 * r + group;
+      const T* here = static_cast<const T*>(args.weight) + at * args.weight_stride;
+      if (at < args.rows) {
+        packed[r] = Aligned && j + kVector <= args.cols ? load_packed(here + j)
+                                                        : load_padded(here, j, args.cols);
       }
     }
-    __syncthreads();
-    // Four lanes of each of the eight warps have a share in a row.
-    for (int r = warp; r < kRows && row + r < args.rows; r += kWarpsPerBlock) {
-      const double share = shares[r / 8][lane / 4 * kWarp + 4 * (r % 8) + lane % 4];
-      const float norm = finish_row<T>(args, row + r, share);
-      if (lane == 0) args.norm[row + r] = norm;
+#pragma unroll
+    for (int r = 0; r < 2 * Tiles; ++r) {
+      shares[r][threadIdx.x] += square_sum(packed[r], products[r / 2], r % 2);
     }
+  }
+  __syncthreads();
+  // Four lanes of each of the eight warps have a share in a row.
+  for (int r = warp; r < kRows && row + r < args.rows; r += kWarpsPerBlock) {
+    const double share = shares[r / 8][lane / 4 * kWarp + 4 * (r % 8) + lane % 4];
+    const float norm = finish_row<T>(args, row + r, share);
+    if (lane == 0) args.norm[row + r] = norm;
   }
 }
 
 template <int Tiles, class T>
-static void launch_tiles(const RowNormArgs& args, int sm_count, cudaStream_t stream) {
-  const int blocks = mma_blocks(args.rows, Tiles, sm_count);
+static void launch_tiles(const RowNormArgs& args, cudaStream_t stream) {
+  const int blocks = static_cast<int>(divide_up(args.rows, Tiles * kMmaRows));
   if (is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype)) {
     FLATKERN_LAUNCH((row_norm_mma_kernel<Tiles, T, true>), blocks, kThreads, stream, args);
   } else {
@@ -167,9 +170,9 @@ void launch_row_norm_mma(const RowNormArgs& args, int sm_count, cudaStream_t str
   with_type(args.weight_dtype, [&](auto weight) {
     using T = decltype(weight);
     if (mma_tiles(args.rows, sm_count) == 2) {
-      launch_tiles<2, T>(args, sm_count, stream);
+      launch_tiles<2, T>(args, stream);
     } else {
-      launch_tiles<1, T>(args, sm_count, stream);
+      launch_tiles<1, T>(args, stream);
     }
   });
 }

@@ -119,9 +119,6 @@ void test_grids() {
   for (const int sm_count : {1, 108, 132}) {
     const int64_t full = static_cast<int64_t>(sm_count) * kMmaRows;
     CHECK(mma_tiles(full, sm_count) == 1 && mma_tiles(full + 1, sm_count) == 2, "row tiles");
-    CHECK(mma_blocks(full, 1, sm_count) == sm_count && mma_blocks(1, 1, sm_count) == 1, "blocks");
-    CHECK(mma_blocks(2 * full + 1, 2, sm_count) == sm_count + 1, "a block for the last row");
-    CHECK(mma_blocks(1ll << 40, 2, sm_count) == 2 * sm_count, "blocks that walk");
   }
   CHECK(!norm_shares_rows(4095, 128) && norm_shares_rows(4096, 128), "rows that share A");
 }
