@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_same_bits
+from tolerances import assert_same_bits, row_norm_bound
 
 import flatkern
 from flatkern import ops
@@ -113,6 +113,19 @@ def test_fused_bits_are_those_of_the_parts(backend, rows, cols, rank):
     got = ops.perturb_merged_(weight, *adapters, 0.5, 0.1, key)
     assert_same_bits(got, c)
     assert_same_bits(weight, parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [33, 4096, 4097])
+@pytest.mark.parametrize("rows", [1, 40, 4500])
+@pytest.mark.parametrize("rank", [17, 64, 150])
+def test_row_norms_of_larger_ranks(backend, rows, cols, rank, dtype):
+    weight, lora_A, lora_B, _, _ = problem(rows, cols, dtype, rank)
+    got = ops.row_norm(weight, lora_A, lora_B, 0.5).double()
+    W, A, B = weight.double(), lora_A.double(), 0.5 * lora_B.double()
+    exact = (W + B @ A).norm(dim=1)
+    scale = (W.abs() + B.abs() @ A.abs()).norm(dim=1)
+    assert ((got - exact).abs() <= row_norm_bound(scale, rank)).all()
 
 
 @pytest.mark.parametrize("cols", [4096, 4100, 4097])

@@ -42,7 +42,7 @@ TRITON_CEILINGS = {
     "perturb_merged": 20.5,
 }
 # Bytes of stack. What the fused kernels spill is around what only rows at the ends of float32 run.
-CUDA_STACK = {"perturb_merged_kernel": 40, "row_norm_kernel": 32}
+CUDA_STACK = {"perturb_merged_kernel": 40, "row_norm_kernel": 32, "row_norm_mma_kernel": 32}
 TRITON_FUSED_STACK = 288
 
 

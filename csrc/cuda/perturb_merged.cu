@@ -6,10 +6,14 @@ namespace flatkern::cuda {
 
 // A block holds kFusedRows rows, kVector columns of each a thread, from the first read to the
 // write. The row's last vector may be cut: it is padded for the norm and done one by one after it.
+// Of 16-bit rows two blocks fit an SM, so that one loads while the other computes; unrolled, their
+// loop over the ranks would need more than those 64 registers a thread.
 template <class T, bool Elementwise>
-__global__ void __launch_bounds__(kFusedThreads) perturb_merged_kernel(PerturbMergedArgs args) {
+__global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 4 ? 1 : 2)
+    perturb_merged_kernel(PerturbMergedArgs args) {
   __shared__ float partial[kFusedRows][kFusedThreads];
   __shared__ float scales[kFusedRows];
+  __shared__ float lora_B[kDirectRank][kFusedRows];
   const PerturbArgs& perturb = args.perturb;
   const RowNormArgs& norm = args.row_norm;
   const Window& window = perturb.window;
@@ -31,13 +35,16 @@ __global__ void __launch_bounds__(kFusedThreads) perturb_merged_kernel(PerturbMe
       if (r < rows && whole) packed[r] = load_packed(here + j);
       if (r < rows && any && !whole) packed[r] = load_padded(here, j, window.cols);
     }
+    for (int i = threadIdx.x; i < rows * norm.rank; i += blockDim.x) {
+      const int r = i / static_cast<int>(norm.rank), k = i % static_cast<int>(norm.rank);
+      lora_B[k][r] = norm.lora_B[row * norm.rank + i];
+    }
+    __syncthreads();
+    // Of rows past the last one the sums are not used.
     float sums[kFusedRows] = {};
     if (any) {
-      // Rows past the last one read the last one's B; their sums are not used.
-#pragma unroll
-      for (int r = 0; r < kFusedRows; ++r) {
-        square_sums<1>(norm, &packed[r], r < rows ? row + r : row, j, &sums[r]);
-      }
+      square_sums<kFusedRows, sizeof(T) == 4 ? 4 : 1>(
+          norm, packed, [&](int k, int r) { return lora_B[k][r]; }, j, sums);
     }
 #pragma unroll
     for (int r = 0; r < kFusedRows; ++r) partial[r][threadIdx.x] = sums[r];

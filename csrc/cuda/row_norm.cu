@@ -10,6 +10,8 @@ __global__ void __launch_bounds__(kThreads) row_norm_kernel(RowNormArgs args) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   for (int64_t row = warp * Rows; row + Rows <= args.rows; row += warps * Rows) {
     const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
+    const float* lora_B = args.lora_B + row * args.rank;
+    const auto b = [&](int k, int r) { return lora_B[r * args.rank + k]; };
     double shares[Rows] = {};
     for (int64_t j = lane * kVector; j < args.cols; j += kWarpCols) {
       Packed<T> packed[Rows];
@@ -20,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) row_norm_kernel(RowNormArgs args) {
                                                         : load_padded(here, j, args.cols);
       }
       float sums[Rows];
-      square_sums<Rows>(args, packed, row, j, sums);
+      square_sums<Rows, 4>(args, packed, b, j, sums);
 #pragma unroll
       for (int r = 0; r < Rows; ++r) shares[r] += sums[r];
     }
@@ -44,6 +46,7 @@ static void launch_rows(const RowNormArgs& args, int sm_count, cudaStream_t stre
 
 void launch_row_norm(const RowNormArgs& args, int sm_count, cudaStream_t stream) {
   if (args.rows == 0) return;
+  if (args.rank > kDirectRank && args.cols > 0) return launch_row_norm_mma(args, sm_count, stream);
   with_type(args.weight_dtype, [&](auto weight) {
     using T = decltype(weight);
     const int64_t shared = norm_shares_rows(args.rows, sm_count) ? args.rows / kNormRows : 0;

@@ -7,21 +7,23 @@
 
 namespace flatkern::cuda {
 
-// The sum of squares of kVector merged columns of each of Rows rows, from column j on.
-template <int Rows, class T>
-FLATKERN_HD void square_sums(const RowNormArgs& args, const Packed<T>* weight, int64_t row,
+// The sum of squares of kVector merged columns of each of Rows rows, from column j on; b(k, r) is
+// sB of rank k and row r.
+template <int Rows, int Unroll, class T, class F>
+FLATKERN_HD void square_sums(const RowNormArgs& args, const Packed<T>* weight, const F& b,
                              int64_t j, float* sums) {
   float merged[Rows][kVector];
 #pragma unroll
   for (int r = 0; r < Rows; ++r) to_floats(weight[r], merged[r]);
-  for (int64_t k = 0; k < args.rank; ++k) {
+#pragma unroll Unroll
+  for (int k = 0; k < static_cast<int>(args.rank); ++k) {
     float a[kVector];
     to_floats(load_packed(args.lora_A + k * args.lora_A_stride + j), a);
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      const float b = args.lora_B[(row + r) * args.rank + k];
+      const float factor = b(k, r);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) merged[r][i] = fmaf(b, a[i], merged[r][i]);
+      for (int i = 0; i < kVector; ++i) merged[r][i] = fmaf(factor, a[i], merged[r][i]);
     }
   }
 #pragma unroll
@@ -86,5 +88,8 @@ __device__ __forceinline__ float finish_row(const RowNormArgs& args, int64_t row
                           : static_cast<float>(sqrt(row_square_wide<T>(args, row)));
   return norm * args.relative_scale;
 }
+
+// On tensor cores, for ranks beyond kDirectRank.
+void launch_row_norm_mma(const RowNormArgs& args, int sm_count, cudaStream_t stream);
 
 }  // namespace flatkern::cuda

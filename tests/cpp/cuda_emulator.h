@@ -7,9 +7,11 @@
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -19,7 +21,7 @@
 #define __device__
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using cudaStream_t = void*;
 
@@ -49,15 +51,18 @@ inline int64_t first_block = 0;
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 1 << 17;
 
-enum class State { kReady, kAtBarrier, kInShuffle, kDone };
+enum class State { kReady, kAtBarrier, kInShuffle, kInMma, kDone };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
-  // What the lane offers; two, because a lane may be one shuffle ahead of its neighbours.
+  // What the lane offers to its warp; two, because it may be one exchange ahead of its neighbours.
   double offered[2];
-  unsigned shuffles;
+  struct {
+    float a[8], b[4];
+  } fragments[2];
+  unsigned exchanges;
 };
 
 inline ucontext_t scheduler;
@@ -90,7 +95,7 @@ inline void run_block(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.state = State::kReady;
-    fiber.shuffles = 0;
+    fiber.exchanges = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -106,10 +111,11 @@ inline void run_block(unsigned threads) {
       swapcontext(&scheduler, &self().context);
       done += self().state == State::kDone;
     }
-    if (stuck) fail("not every thread reaches a barrier or a shuffle");
+    if (stuck) fail("not every thread reaches a barrier, a shuffle or a matrix product");
     release(0, threads, State::kAtBarrier);
     for (unsigned warp = 0; warp < threads; warp += kWarpSize) {
       release(warp, warp + kWarpSize, State::kInShuffle);
+      release(warp, warp + kWarpSize, State::kInMma);
     }
   }
 }
@@ -128,14 +134,47 @@ inline void launch(const char* kernel, int grid, int threads, cudaStream_t strea
   }
 }
 
+inline float bfloat16(uint32_t word, int half) {
+  const uint32_t bits = half == 0 ? word << 16 : word & 0xFFFF0000u;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// c += A B by a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. Where a value lies is
+// told from its row and column, as the PTX ISA has it; the sum is truncated, as tensor cores do.
+inline void mma_m16n8k16_bf16(float* c, const uint32_t* a, const uint32_t* b) {
+  Fiber& fiber = self();
+  const unsigned turn = fiber.exchanges++ % 2;
+  for (int i = 0; i < 8; ++i) fiber.fragments[turn].a[i] = bfloat16(a[i / 2], i % 2);
+  for (int i = 0; i < 4; ++i) fiber.fragments[turn].b[i] = bfloat16(b[i / 2], i % 2);
+  wait(State::kInMma);
+  const unsigned lane = threadIdx.x % kWarpSize;
+  const Fiber* warp = &fibers[threadIdx.x - lane];
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int of_a = k / 8 * 4 + row / 8 * 2 + k % 2, of_b = k / 8 * 2 + k % 2;
+      sum += static_cast<double>(warp[row % 8 * 4 + k % 8 / 2].fragments[turn].a[of_a]) *
+             warp[column * 4 + k % 8 / 2].fragments[turn].b[of_b];
+    }
+    c[i] = static_cast<float>(sum);
+    if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafterf(c[i], 0.0f);
+  }
+}
+
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::State::kAtBarrier); }
 
+// Lanes exchange nothing through memory, so there is nothing to wait for.
+inline void __syncwarp() {}
+
 inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
   if (mask != 0xFFFFFFFFu) emulator::fail("a shuffle of part of a warp is not emulated");
   emulator::Fiber& fiber = emulator::self();
-  const unsigned turn = fiber.shuffles++ % 2;
+  const unsigned turn = fiber.exchanges++ % 2;
   fiber.offered[turn] = value;
   emulator::wait(emulator::State::kInShuffle);
   return emulator::fibers[threadIdx.x ^ distance].offered[turn];

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <random>
 
-#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/mma.h"
 #include "cuda_cases.h"
 
 using namespace flatkern;
@@ -37,6 +37,71 @@ void test_emulator() {
   }
 }
 
+// Fragments as the PTX ISA has them, from a lane and an index to a row and a column.
+struct Fragments {
+  float a[16][16], b[16][8], c[16][8];
+
+  static int a_row(int lane, int i) { return lane / 4 + (i < 2 || (i >= 4 && i < 6) ? 0 : 8); }
+  static int a_col(int lane, int i) { return lane % 4 * 2 + (i & 1) + (i < 4 ? 0 : 8); }
+  static int b_row(int lane, int i) { return lane % 4 * 2 + (i & 1) + (i < 2 ? 0 : 8); }
+  static int c_row(int lane, int i) { return lane / 4 + (i < 2 ? 0 : 8); }
+  static int c_col(int lane, int i) { return lane % 4 * 2 + (i & 1); }
+};
+
+void mma_kernel(Fragments* f) {
+  const int lane = threadIdx.x;
+  uint32_t a[4], b[2];
+  float c[4];
+  for (int i = 0; i < 8; i += 2) {
+    a[i / 2] = pack(BFloat16{}, f->a[f->a_row(lane, i)][f->a_col(lane, i)],
+                    f->a[f->a_row(lane, i + 1)][f->a_col(lane, i + 1)]);
+  }
+  for (int i = 0; i < 4; i += 2) {
+    b[i / 2] =
+        pack(BFloat16{}, f->b[f->b_row(lane, i)][lane / 4], f->b[f->b_row(lane, i + 1)][lane / 4]);
+  }
+  for (int i = 0; i < 4; ++i) c[i] = f->c[f->c_row(lane, i)][f->c_col(lane, i)];
+  mma(c, a, b);
+  mma(c, a, b);
+  for (int i = 0; i < 4; ++i) f->c[f->c_row(lane, i)][f->c_col(lane, i)] = c[i];
+}
+
+// Small integers, so that the products are exact.
+void test_emulated_mma() {
+  std::mt19937 random(3);
+  Fragments before;
+  for (auto& row : before.a)
+    for (float& x : row) x = static_cast<int>(random() % 200) - 100;
+  for (auto& row : before.b)
+    for (float& x : row) x = static_cast<int>(random() % 200) - 100;
+  for (auto& row : before.c)
+    for (float& x : row) x = static_cast<int>(random() % 2000) - 1000;
+  Fragments after = before;
+  launched([&] { FLATKERN_LAUNCH(mma_kernel, 1, kWarp, kStream, &after); }, 1);
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 8; ++j) {
+      float expected = before.c[i][j];
+      for (int k = 0; k < 16; ++k) expected += 2 * before.a[i][k] * before.b[k][j];
+      CHECK(after.c[i][j] == expected, "(%d, %d): %g, not %g", i, j, after.c[i][j], expected);
+    }
+  }
+}
+
+void test_split() {
+  std::mt19937 random(4);
+  for (int i = 0; i < 100000; ++i) {
+    const float x = float_of_bits(random());
+    // Beyond, parts are denormal or infinite.
+    if (!(std::fabs(x) > 0x1p-109f && std::fabs(x) < 0x1.FEp127f)) continue;
+    uint32_t part[3];
+    split_pair(1.0f, x, part[0], part[1], part[2]);
+    float one[3], parts[3];
+    for (int k = 0; k < 3; ++k) unpack(BFloat16{}, part[k], one[k], parts[k]);
+    CHECK(static_cast<double>(parts[0]) + parts[1] + parts[2] == x, "%a", x);
+    CHECK(one[0] == 1.0f && one[1] == 0.0f && one[2] == 0.0f, "1 is one part");
+  }
+}
+
 void test_grids() {
   CHECK(divide_up(0, 8) == 0 && divide_up(1, 8) == 1 && divide_up(8, 8) == 1, "divide_up");
   CHECK(units_per_row(1) == 1 && units_per_row(kUnitCols) == 1, "one unit");
@@ -51,12 +116,17 @@ void test_grids() {
       CHECK((blocks - 1) * kWarpsPerBlock < warps, "a block without work");
     }
   }
+  for (const int sm_count : {1, 108, 132}) {
+    const int64_t full = static_cast<int64_t>(sm_count) * kMmaRows;
+    CHECK(mma_tiles(full, sm_count) == 1 && mma_tiles(full + 1, sm_count) == 2, "row tiles");
+  }
   CHECK(!norm_shares_rows(4095, 128) && norm_shares_rows(4096, 128), "rows that share A");
 }
 
 void test_fusion() {
-  CHECK(fuses(4096, 32, true) && fuses(1, 0, true), "rows that fit a block");
-  CHECK(!fuses(4097, 8, true) && !fuses(4096, 33, true) && !fuses(64, 8, false), "the others");
+  CHECK(fuses(4096, kDirectRank, true) && fuses(1, 0, true), "rows that fit a block");
+  CHECK(!fuses(4097, 8, true) && !fuses(4096, kDirectRank + 1, true) && !fuses(64, 8, false),
+        "the others");
   for (int64_t cols = 1; fuses(cols, 8, true); ++cols) {
     const int threads = fused_threads(cols);
     CHECK(threads % kWarp == 0 && threads <= kFusedThreads, "%d threads", threads);
@@ -135,6 +205,8 @@ void test_alignment() {
 
 int main() {
   test_emulator();
+  test_emulated_mma();
+  test_split();
   test_grids();
   test_fusion();
   test_walks_cover();

@@ -95,7 +95,7 @@ void test_row_norm() {
   for (const Dtype dtype : kDtypes) {
     for (const int64_t cols : {1, 7, 8, 9, 255, 256, 257, 300, 2056}) {
       const int64_t aligning = (8 - cols % 8) % 8;
-      for (const int64_t rank : {0, 1, 5, 8, 33}) {
+      for (const int64_t rank : {0, 1, 5, 8, 16}) {
         check_norms({dtype, 3, cols, rank, aligning});
         check_norms({dtype, 3, cols, rank, 0, 1});
       }
@@ -126,6 +126,109 @@ void test_row_norm() {
     }
     const Problem many(dtype, 160, 40, 3);
     CHECK(same_bits(norms_of(many, 1, 1), norms_of(many, 132, 1)), "warps that walk");
+  }
+}
+
+// Norms of ranks beyond kDirectRank, the same to the bit with one or two tiles of rows in a block
+// and with threads in any order.
+std::vector<float> mma_norms(const Problem& p) {
+  const std::vector<float> norms = norms_of(p, 132, 1);
+  CHECK(emulator::launches[0].kernel.find("mma") != std::string::npos, "tensor cores");
+  emulator::reversed = true;
+  CHECK(same_bits(norms, norms_of(p, 1, 1)), "%s, %ld x %ld, rank %ld: SMs and threads",
+        name_of(p.weight.dtype), p.weight.rows, p.weight.cols, p.rank);
+  emulator::reversed = false;
+  return norms;
+}
+
+// To the accuracy of float32: a product of split values lacks 2^-26 of itself, 16 of them are
+// summed with a few truncations by 2^-23 of their sum, and such sums added with one rounding each.
+void check_mma(const Problem& p) {
+  const std::vector<float> norms = mma_norms(p);
+  for (int64_t i = 0; i < p.weight.rows; ++i) {
+    const auto [exact, size] = p.exact(i);
+    CHECK(std::fabs(norms[i] - exact) <= 5e-7 * size,
+          "%s, row %ld of %ld x %ld, rank %ld: %g, not %g", name_of(p.weight.dtype), i,
+          p.weight.rows, p.weight.cols, p.rank, norms[i], exact);
+  }
+}
+
+void test_mma() {
+  const int64_t all_rows[] = {1, 15, 16, 17, 33, 40};
+  int turn = 0;
+  for (const int64_t cols : {1, 7, 31, 33, 263}) {
+    for (const int64_t rank : {17, 32, 33, 64, 100}) {
+      const Dtype dtype = kDtypes[turn % 3];
+      const int64_t rows = all_rows[turn % 6];
+      check_mma({dtype, rows, cols, rank, turn % 2 == 0 ? (8 - cols % 8) % 8 : 0, turn % 2});
+      ++turn;
+    }
+  }
+  for (const Dtype dtype : kDtypes) {
+    // More ranks than are staged; alignment does not matter, nor what lies between rows.
+    check_mma({dtype, 17, 40, 150});
+    const Problem aligned(dtype, 70, 36, 18, 4), unaligned(dtype, 70, 36, 18, 0, 1);
+    CHECK(same_bits(mma_norms(aligned), mma_norms(unaligned)), "alignment, %s", name_of(dtype));
+    // Parts of one sign, so that no product of them may be missing.
+    Problem ones(dtype, 18, 40, 32);
+    for (Matrix* m : {&ones.lora_A, &ones.lora_B}) {
+      for (int64_t i = 0; i < m->rows; ++i) {
+        for (int64_t j = 0; j < m->cols; ++j) m->set(i, j, bits_of_float(0x1.00e6f2p0f));
+      }
+    }
+    check_mma(ones);
+  }
+}
+
+// Ranks past the last one are neither read nor used, nor is another row's B. A sum that is not
+// finite would be summed again in float64, so the bits tell.
+void test_mma_masks() {
+  for (const int64_t rank : {18, 35}) {
+    const Problem clean(Dtype::kBFloat16, 40, 72, rank);
+    const std::vector<float> expected = norms_of(clean, 1, 1);
+    Problem longer(Dtype::kBFloat16, 40, 72, rank + 16);
+    for (int64_t k = 0; k < rank + 16; ++k) {
+      for (int64_t j = 0; j < 72; ++j) {
+        longer.lora_A.set(k, j, k < rank ? clean.lora_A.bits(k, j) : bits_of_float(NAN));
+      }
+    }
+    cuda::RowNormArgs args = clean.args(nullptr);
+    args.lora_A = longer.args(nullptr).lora_A;
+    std::vector<float> norms(40);
+    args.norm = norms.data();
+    cuda::launch_row_norm(args, 1, kStream);
+    CHECK(same_bits(norms, expected), "ranks past %ld of A", rank);
+
+    Problem spoiled(Dtype::kBFloat16, 40, 72, rank);
+    for (int64_t k = 0; k < rank; ++k) spoiled.lora_B.set(7, k, bits_of_float(NAN));
+    norms = norms_of(spoiled, 1, 1);
+    CHECK(std::isnan(norms[7]), "%g", norms[7]);
+    norms[7] = expected[7];
+    CHECK(same_bits(norms, expected), "ranks past %ld of B", rank);
+  }
+}
+
+// Rows that float32 or the splitting cannot hold.
+void test_mma_range() {
+  for (const Dtype dtype : kDtypes) {
+    Problem p(dtype, 20, 40, 20);
+    const int largest = dtype == Dtype::kFloat16 ? 12 : 120;
+    p.scale_row(0, largest), p.scale_row(1, dtype == Dtype::kFloat16 ? -20 : -120);
+    for (int64_t j = 0; j < 40; ++j) p.weight.set(4, j, 0);
+    for (int64_t k = 0; k < 20; ++k) p.lora_B.set(4, k, 0);
+    p.weight.set(18, 3, rounded(INFINITY, dtype));
+    p.weight.set(19, 39, rounded(NAN, dtype));
+    const std::vector<float> norms = norms_of(p, 132, 1);
+    for (int64_t i = 0; i < 18; ++i) {
+      const auto [exact, size] = p.exact(i);
+      CHECK(std::fabs(norms[i] - exact) <= 5e-7 * size, "row %ld: %g, not %g", i, norms[i], exact);
+    }
+    CHECK(std::isinf(norms[18]) && std::isnan(norms[19]), "%g and %g", norms[18], norms[19]);
+    // Rounds to an infinite bfloat16.
+    p.lora_A.set(3, 5, bits_of_float(0x1.FFFFFEp127f));
+    for (int64_t i = 0; i < 20; ++i) p.lora_B.set(i, 3, bits_of_float(0x1p-127f));
+    const auto [exact, size] = p.exact(2);
+    CHECK(std::fabs(norms_of(p, 132, 1)[2] - exact) <= 5e-7 * size, "A near the largest float");
   }
 }
 
@@ -189,10 +292,10 @@ void test_perturb_merged() {
     for (const int64_t cols : {1, 8, 9, 255, 256, 257, 264, 2000, 4095, 4096}) {
       check_merged(true, dtype, cols > 1000 ? 5 : 7, cols, 3, (8 - cols % 8) % 8);
     }
-    for (const int64_t rows : {1, 3, 4, 5, 8, 21}) check_merged(true, dtype, rows, 72, 32, 8);
+    for (const int64_t rows : {1, 3, 4, 5, 8, 21}) check_merged(true, dtype, rows, 72, 16, 8);
     check_merged(true, dtype, 37, 520, 0, 0);
     check_merged(false, dtype, 3, 4097, 2, 7);
-    check_merged(false, dtype, 3, 264, 33, 0);
+    check_merged(false, dtype, 3, 264, 17, 0);
     check_merged(false, dtype, 3, 264, 2, 1);
     check_merged(false, dtype, 3, 264, 2, 0, 1);
     // Rows with scales that are huge, tiny, zero and not finite, and elements that are not.
@@ -258,6 +361,9 @@ void test_beyond_int32() {
 
 int main() {
   test_row_norm();
+  test_mma();
+  test_mma_masks();
+  test_mma_range();
   test_perturb_merged();
   test_empty();
   test_beyond_int32();
