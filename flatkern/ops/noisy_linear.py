@@ -16,6 +16,10 @@ from flatkern.ops._library import define, implement, kernel
 from flatkern.ops.perturb import check_values
 
 DEFAULT_SCRATCH_BYTES = 32 * 2**20
+# Asked once: the compiler of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
 
 _OPTIONS = (
     "bool elementwise=False, int? scratch_bytes=None, SymInt row_offset=0, SymInt col_offset=0, "
@@ -110,7 +114,7 @@ def noisy_linear(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where x enters a product, or None to leave it."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if x.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
         return None
     if not torch.is_autocast_enabled(device_type):
         return None
@@ -119,7 +123,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
     """Products in the dtypes that they are given; costs nothing where autocast is off anyway."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

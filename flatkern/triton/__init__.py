@@ -23,6 +23,8 @@ else:
     from flatkern.triton.row_norm import row_norm
 
 OLDEST = (3, 6)
+# From here on the interpreter works with numpy 2.4, which converts only 0-d arrays to numbers.
+INTERPRETER_MENDED = (3, 8)
 
 __all__ = [
     "noise",
@@ -37,17 +39,29 @@ __all__ = [
 ]
 
 
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def interpreter_fault() -> str | None:
+    """Why this Triton's interpreter cannot run the kernels, or None if it can."""
+    import numpy
+
+    if _version(triton.__version__) < INTERPRETER_MENDED and _version(numpy.__version__) >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy older than 2.4"
+    return None
+
+
 def why_unusable() -> str | None:
     """Why the Triton kernels cannot run here, or None if they can."""
     if _not_imported is not None:
         return _not_imported
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
+    if _version(triton.__version__) < OLDEST:
         return f"triton {triton.__version__} is older than 3.6"
     if triton.knobs.runtime.interpret != TRITON_INTERPRETED:
         return "TRITON_INTERPRET was changed after flatkern was imported"
     if TRITON_INTERPRETED:
-        return None
+        return interpreter_fault()
     if torch.version.hip is not None:
         return "on ROCm flatkern has the reference alone"
     if not torch.cuda.is_available():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import flatkern.triton
+
 TESTS = Path(__file__).parents[1]
 
 # Slow where a kernel is interpreted, or about something else than what a kernel computes.
@@ -69,7 +71,10 @@ def runs():
         return dict(zip(SELECTIONS, pool.map(interpret, SELECTIONS), strict=True))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+FAULT = flatkern.triton.interpreter_fault() if importlib.util.find_spec("triton") else "no triton"
+
+
+@pytest.mark.skipif(FAULT is not None, reason=str(FAULT))
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_interpreted(runs, selection):
     run = runs[selection]
