@@ -238,7 +238,8 @@ def main() -> None:
     versions = sass_triton.versions()
     extension = getattr(flatkern._backend._C, "__file__", None)
     if extension:
-        reports += analyse_file(Path(extension))
+        cuda = analyse_file(Path(extension))
+        reports += sorted(cuda, key=lambda report: (report.kernel, report.arch))
     RESULTS.mkdir(parents=True, exist_ok=True)
     about = {"date": date.today().isoformat(), "python": platform.python_version(), **versions}
     data = {"about": about, "kernels": [asdict(report) for report in reports]}
