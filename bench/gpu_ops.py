@@ -22,11 +22,12 @@ import flatkern
 from bench import baselines
 from flatkern import ops
 
-OPS = ("noise", "row_norm", "perturb", "restore", "perturb_merged")
+OPS = ("noise", "row_norm", "row_norm rank 64", "perturb", "restore", "perturb_merged")
 FLATKERN = ("cuda", "triton")
 BASELINES = ("copy", "published", "eager", "compiled")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-RANK, SCALING, SIGMA, SEED = 16, 2.0, 0.05, 4
+# CUDA forms B A with multiply-adds at the first rank, on tensor cores at the second.
+RANK, LARGE_RANK, SCALING, SIGMA, SEED = 16, 64, 2.0, 0.05, 4
 # More than the last-level cache of any GPU today: a buffer comes back to cold caches.
 ROTATED_BYTES = 256 * 10**6
 REPEATS = 25
@@ -68,7 +69,11 @@ def plan(rehearse: bool) -> list[Cell]:
 
 
 def _has(provider: str, op: str) -> bool:
-    missing = {"published": {"noise"}, "compiled": {"noise", "restore"}, "eager": {"restore"}}
+    missing = {
+        "published": {"noise"},
+        "compiled": {"noise", "restore", "row_norm rank 64"},
+        "eager": {"restore"},
+    }
     return op not in missing.get(provider, ())
 
 
@@ -83,19 +88,20 @@ class Inputs:
 
         self.weight = (normal(rows, cols) / math.sqrt(cols)).to(dtype)
         self.out = torch.empty_like(self.weight)
-        self.lora_A = normal(RANK, cols) / math.sqrt(cols)
-        self.lora_B = normal(rows, RANK) * 0.01
-        self.adapters = (self.lora_A, self.lora_B, SCALING)
+        self.adapters, self.large_adapters = (
+            (normal(rank, cols) / math.sqrt(cols), normal(rows, rank) * 0.01, SCALING)
+            for rank in (RANK, LARGE_RANK)
+        )
         self.key = flatkern.NoiseKey(seed=1, step=seed, tensor=3).to(device)
-        self.exact_norm = self.merged().norm(dim=1)
+        self.exact_norm = self.merged(*self.adapters).norm(dim=1)
         self.norm = self.exact_norm.float()[:, None]
         self.row_scale = (self.exact_norm * (SIGMA / math.sqrt(cols))).float()
 
-    def merged(self) -> torch.Tensor:
+    def merged(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
         """W + s B A in float64, without cuBLAS: sanitizers run this."""
         total = self.weight.double()
-        for a, b in zip(self.lora_A.double(), self.lora_B.double().t(), strict=True):
-            total.addcmul_(b[:, None], a[None], value=SCALING)
+        for a, b in zip(lora_A.double(), lora_B.double().t(), strict=True):
+            total.addcmul_(b[:, None], a[None], value=scaling)
         return total
 
 
@@ -109,6 +115,13 @@ def provide(op: str, provider: str, i: Inputs, compiled: dict) -> Callable[[], o
         ("row_norm", "flatkern"): lambda: ops.row_norm(i.weight, *i.adapters),
         ("row_norm", "published"): lambda: baselines.published_row_norm(i.weight, *i.adapters),
         ("row_norm", "eager"): lambda: baselines.eager_row_norm(i.weight, *i.adapters),
+        ("row_norm rank 64", "flatkern"): lambda: ops.row_norm(i.weight, *i.large_adapters),
+        ("row_norm rank 64", "published"): lambda: baselines.published_row_norm(
+            i.weight, *i.large_adapters
+        ),
+        ("row_norm rank 64", "eager"): lambda: baselines.eager_row_norm(
+            i.weight, *i.large_adapters
+        ),
         ("perturb", "flatkern"): lambda: ops.perturb_(i.weight, i.row_scale, i.key),
         ("perturb", "published"): lambda: baselines.published_perturb_(
             i.weight, *i.adapters, SIGMA, SEED
@@ -213,6 +226,9 @@ def gate(op: str, i: Inputs) -> None:
             assert share < 1e-4, f"noise: {share:.1e} of it off by more than {NOISE_BULK}"
     elif op == "row_norm":
         within(ops.row_norm(weight, *i.adapters), i.exact_norm, 1e-5 * i.exact_norm, op)
+    elif op == "row_norm rank 64":
+        exact = i.merged(*i.large_adapters).norm(dim=1)
+        within(ops.row_norm(weight, *i.large_adapters), exact, 1e-5 * exact, op)
     elif op in ("perturb", "restore"):
         e = c[:, None] * ops.noise(rows, cols, i.key)
         noisy = (weight.float() + e).to(weight.dtype)
@@ -298,7 +314,7 @@ class Runner:
         """Why the cell's gate is shut, or None."""
         if cell.provider not in FLATKERN:
             return None
-        op = cell.op.split()[0].replace("call", "perturb")
+        op = cell.op.split()[0] if cell.tokens else cell.op.replace("call", "perturb")
         place = (op, *self.shape)
         if place not in self.gates:
             self.gates[place] = None

@@ -23,10 +23,15 @@ LINEAR = {
 Outcomes = dict[Cell, dict]
 
 
+def _moves_once(op: str) -> bool:
+    """Whether the op reads a matrix or writes one, and not both."""
+    return op == "noise" or op.startswith("row_norm")
+
+
 def bytes_of(cell: Cell) -> int:
     """What the op must move: each input read once, each output written once."""
     size = {"bfloat16": 2, "float32": 4}[cell.dtype]
-    return cell.rows * cell.cols * size * (1 if cell.op in ("noise", "row_norm") else 2)
+    return cell.rows * cell.cols * size * (1 if _moves_once(cell.op) else 2)
 
 
 def predicted_us(cell: Cell, device: str) -> str:
@@ -61,7 +66,7 @@ def ops_table(outcomes: Outcomes, device: str) -> str:
         cell = at["cuda"]
         line = [op, f"{rows}x{cols}", dtype, predicted_us(cell, device), TARGET]
         copy = _seconds(outcomes, at["copy"])
-        copied = 2 * bytes_of(cell) if op in ("noise", "row_norm") else bytes_of(cell)
+        copied = (2 if _moves_once(op) else 1) * bytes_of(cell)
         for name in FLATKERN:
             own = _seconds(outcomes, at[name])
             share = copy * bytes_of(cell) / copied / own if own and copy else None

@@ -6,6 +6,7 @@ Functions here trust their arguments: `flatkern.ops` has checked them, and hands
 
 import os
 import shutil
+from importlib import metadata
 
 import torch
 
@@ -45,9 +46,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 def interpreter_fault() -> str | None:
     """Why this Triton's interpreter cannot run the kernels, or None if it can."""
-    import numpy
-
-    if _version(triton.__version__) < INTERPRETER_MENDED and _version(numpy.__version__) >= (2, 4):
+    numpy = _version(metadata.version("numpy"))
+    if _version(triton.__version__) < INTERPRETER_MENDED and numpy >= (2, 4):
         return f"the interpreter of triton {triton.__version__} needs numpy older than 2.4"
     return None
 
