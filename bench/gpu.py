@@ -143,7 +143,8 @@ def check(parts: Parts, rehearse: bool, folder: Path) -> None:
         tests += ["tests/test_headers.py", "tests/test_layout.py"]
         required = "reference"
     elif _has_module("xdist"):
-        tests += ["-n", "6"]
+        # By file, because some files compile for all of their tests at once.
+        tests += ["-n", "8", "--dist", "loadfile"]
     exercise = [PYTHON, "-m", "bench.gpu_ops", "--exercise"]
     with ThreadPoolExecutor() as pool:
         threads = {"OMP_NUM_THREADS": "2"}
