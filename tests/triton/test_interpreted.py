@@ -36,7 +36,7 @@ EVERY_OP = f"triton and not ({' or '.join(LEFT_OUT)})"
 SELECTIONS = {
     "kernels": (["triton/test_kernels.py"], ""),
     "noise": (["ops/test_noise.py"], EVERY_OP),
-    "perturb": (["ops/test_perturb.py"], EVERY_OP),
+    "perturb": (["ops/test_perturb.py", "ops/test_perturb_tensors.py"], EVERY_OP),
     "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
     "noisy_linear": (
         ["ops/test_noisy_linear.py"],
