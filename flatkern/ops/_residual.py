@@ -7,7 +7,7 @@ written; the implementations compare each chunk with its check word.
 import functools
 import hashlib
 import struct
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALIGNMENT = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Header:
     """The first bytes of a residual, little-endian, in this order."""
 
@@ -75,7 +75,7 @@ def read(residual: Tensor) -> Header:
 
 def write(residual: Tensor, header: Header) -> None:
     """Overwrite the header."""
-    data = bytearray(_FIELDS.pack(*astuple(header)))
+    data = bytearray(_FIELDS.pack(*vars(header).values()))
     residual[: _FIELDS.size] = torch.frombuffer(data, dtype=torch.uint8)
 
 
@@ -159,7 +159,7 @@ def begin_restore(
             f"{op}: residual was filled by another backend, build or instruction set, whose noise "
             "may differ; restore under the one that perturbed"
         )
-    different = [f.name for f in fields(now) if getattr(now, f.name) != getattr(header, f.name)]
+    different = [name for name, value in vars(now).items() if value != getattr(header, name)]
     if different:
         was = ", ".join(f"{name} {getattr(header, name)}" for name in different)
         got = ", ".join(f"{name} {getattr(now, name)}" for name in different)
@@ -234,12 +234,13 @@ def _window(header, weight, row_scale, key, elementwise, row_offset, col_offset)
 
 
 def _digest(row_scale: Tensor) -> int:
-    """Sum of the mixed (position, bits) of the row scale, modulo 2^64."""
+    """A sum over the row scale's bits, each mixed with its position, modulo 2^64."""
     bits = row_scale.detach().contiguous().view(torch.int32).to(torch.int64)
-    x = bits + torch.arange(1, len(bits) + 1, device=bits.device) * -0x61C8864680B583EB
-    x = (x ^ (x >> 32 & 0xFFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 32 & 0xFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return int((x ^ (x >> 32 & 0xFFFFFFFF)).sum()) & 0xFFFFFFFFFFFFFFFF
+    x = torch.arange(1, len(bits) + 1, device=bits.device).mul_(0x1E3779B97F4A7C15)
+    x += bits
+    x *= 0x3F58476D1CE4E5B9
+    x ^= x >> 31
+    return int(x.sum()) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
 
 
 def _implementation(weight: Tensor) -> int:
