@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flatkern import _backend
 from flatkern.ops import _check, _residual
 from flatkern.ops._library import define, implement
 from flatkern.reference.residual import HEADER_BYTES
@@ -53,6 +54,11 @@ def check_residual(residual: Tensor) -> None:
     """
     _check.kinds("check_residual", Tensor, residual=residual)
     torch.ops.flatkern.check_residual(residual)
+
+
+def is_available(weight: Tensor) -> bool:
+    """Whether the backend that serves this weight fills residuals."""
+    return _backend.resolve(weight.device.type, weight.dtype) in _residual.BACKENDS
 
 
 def pool_need(residual: Tensor) -> tuple[int, int]:
