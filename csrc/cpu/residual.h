@@ -15,7 +15,17 @@ struct Scratch {
   alignas(64) T noisy[kChunk];
   alignas(64) float e[kChunk];
   alignas(64) uint16_t fields[kChunk];
+  uint64_t nonzero[kChunk / 64];  // a bit for each field
 };
+
+// Fields of kLanes elements from element k on; lanes go in order.
+template <class T>
+FLATKERN_INLINE void store_fields(Scratch<T>& x, int64_t k, VUint field) {
+  store_vector(x.fields + k, __builtin_convertvector(field, VHalf));
+  const uint64_t bits = lane_bits(field != 0u);
+  uint64_t& word = x.nonzero[k / 64];
+  word = k % 64 == 0 ? bits : word | bits << k % 64;
+}
 
 // Words of a list entry: position and code share one where the code has 16 bits.
 template <class T>
@@ -140,21 +150,18 @@ FLATKERN_INLINE Tally find_fields(Scratch<T>& x, int64_t count, bool elementwise
         field |= misses & kMissesGrid;
       }
     }
-    store_vector(x.fields + k, __builtin_convertvector(field, VHalf));
+    store_fields(x, k, field);
   }
   return {sum_lanes(bits), sum_lanes(listed), sum_lanes(missing)};
 }
 
-// Calls f(i, field) for the nonzero ones of adjacent fields, in order.
-template <class F>
-FLATKERN_INLINE void for_each_field(const uint16_t* fields, int64_t count, const F& f) {
-  for (int64_t k = 0; k < count; k += 4) {
-    uint64_t four;
-    memcpy(&four, fields + k, sizeof four);
-    while (four != 0) {
-      const int shift = __builtin_ctzll(four) & 48;
-      f(k + shift / 16, static_cast<uint32_t>(four >> shift) & 0xFFFFu);
-      four &= ~(uint64_t{0xFFFF} << shift);
+// Calls f(i, field) for the nonzero fields, in order.
+template <class T, class F>
+FLATKERN_INLINE void for_each_field(const Scratch<T>& x, int64_t count, const F& f) {
+  for (int64_t k = 0; k < count; k += 64) {
+    for (uint64_t left = x.nonzero[k / 64]; left != 0; left &= left - 1) {
+      const int64_t i = k + __builtin_ctzll(left);
+      f(i, x.fields[i]);
     }
   }
 }
@@ -165,7 +172,7 @@ void write_fields(const Scratch<T>& x, int64_t count, bool stream, uint32_t list
                   uint32_t* out, uint32_t* list) {
   uint64_t bits = 0;
   uint32_t filled = 0;
-  for_each_field(x.fields, count, [&](int64_t i, uint32_t field) {
+  for_each_field(x, count, [&](int64_t i, uint32_t field) {
     if (stream) {
       bits |= static_cast<uint64_t>(field & kFieldMask) << filled;
       filled += field >> kWidthShift & kWidthMask;
@@ -249,7 +256,7 @@ template <class T>
 void read_fields(Scratch<T>& x, int64_t count, const uint32_t* stream) {
   uint64_t bits = 0;
   uint32_t filled = 0;
-  for_each_field(x.fields, count, [&](int64_t i, uint32_t width) {
+  for_each_field(x, count, [&](int64_t i, uint32_t width) {
     if (filled < width) {
       bits |= static_cast<uint64_t>(*stream++) << filled;
       filled += 32;
@@ -299,7 +306,7 @@ bool decode(const PerturbArgs& args, const ChunkSpan& span, ChunkMode mode, cons
       const VUint width = width_of(range.span);
       bits += width;
       store_codes(x.weight + k, range.base);
-      store_vector(x.fields + k, __builtin_convertvector(width, VHalf));
+      store_fields(x, k, width);
     }
     const uint32_t total = sum_lanes(bits);
     stream_words = (total + 31) / 32;
