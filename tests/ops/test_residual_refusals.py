@@ -121,6 +121,17 @@ def test_a_changed_element_keeps_its_chunk_alone(device, dtype):
     window.assert_still_restores()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_that_changed_places_keep_their_chunk(device, dtype):
+    window = Window(device, dtype)
+    window.weight[0, :2] = window.weight[0, :2].flip(0)
+    assert window.weight[0, 0] != window.weight[0, 1]
+    with pytest.raises(RuntimeError, match="1 chunks of it differ"):
+        window.restore()
+    window.weight[0, :2] = window.weight[0, :2].flip(0)
+    window.assert_still_restores()
+
+
 @pytest.mark.parametrize("word", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_damaged_residual_never_writes_outside(device, dtype, word):
