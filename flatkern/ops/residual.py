@@ -56,9 +56,15 @@ def check_residual(residual: Tensor) -> None:
     torch.ops.flatkern.check_residual(residual)
 
 
-def is_available(weight: Tensor) -> bool:
-    """Whether the backend that serves this weight fills residuals."""
-    return _backend.resolve(weight.device.type, weight.dtype) in _residual.BACKENDS
+def is_available(weight: Tensor, native: bool = False) -> bool:
+    """Whether the backend that serves this weight fills residuals, in kernels if `native`."""
+    name = _backend.resolve(weight.device.type, weight.dtype)
+    return name in _residual.BACKENDS and not (native and name == "reference")
+
+
+def is_filled(residual: Tensor) -> bool:
+    """Whether a perturbation waits for its restore."""
+    return _residual.read(residual).state == _residual.FILLED
 
 
 def pool_need(residual: Tensor) -> tuple[int, int]:

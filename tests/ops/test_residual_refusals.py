@@ -146,6 +146,28 @@ def test_a_damaged_residual_never_writes_outside(device, dtype, word):
     tolerances.assert_same_bits(window.weight[4], window.clean[4])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_damaged_list_never_writes_outside(device, dtype):
+    # Weights far below the noise are listed, at the end of the payload.
+    weight = gaussian((1, 4096), dtype, device)
+    weight[0, 9] *= 1e-5
+    scale, key, before = constant(weight, 0.01), make_key(device), weight.clone()
+    residual = ops.new_residual(weight)
+    ops.perturb_(weight, scale, key, residual=residual)
+    noisy, content = weight.clone(), parse(residual, weight)
+    assert content.payloads[0][0] >> 16 > 0
+    last = residual.numel() - 4 * (content.capacity - content.asked)
+    entry = residual[: last - (4 if dtype == torch.float32 else 0)][-4:].view(torch.int32)
+    kept = entry.clone()
+    entry.fill_(-1)
+    with pytest.raises(RuntimeError, match="1 chunks of it differ"):
+        ops.restore_(weight, scale, key, residual=residual)
+    tolerances.assert_same_bits(weight, noisy)
+    entry.copy_(kept)
+    ops.restore_(weight, scale, key, residual=residual)
+    tolerances.assert_same_bits(weight, before)
+
+
 def test_perturbed_twice(device):
     window = Window(device)
     with pytest.raises(RuntimeError, match="filled by an earlier perturb_"):
