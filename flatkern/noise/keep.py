@@ -9,7 +9,7 @@ from torch import Tensor
 from flatkern import ops
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
-# Of the pool that the first window was measured to need.
+# Times the pool that a window was measured to need.
 _SPARE = 1.1
 
 
@@ -112,6 +112,7 @@ class Residual:
             with torch.inference_mode(False):
                 self._residual = ops.new_residual(weight, int(need * _SPARE))
             ops.perturb_(weight, row_scale, key, residual=self._residual)
+            ops.check_residual(self._residual)
 
     def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
         """Decode in place."""

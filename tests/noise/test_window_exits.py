@@ -282,19 +282,23 @@ def test_ctrl_c_in_close(mode):
     assert unfinished <= 3
 
 
-@pytest.mark.parametrize("pool", [1.1, 0.5])
-def test_ctrl_c_while_a_residual_is_filled_or_emptied(monkeypatch, pool):
-    """Also inside the ops; a pool that is too small is filled twice."""
-    monkeypatch.setattr(keep, "_SPARE", pool)
+@pytest.mark.parametrize("grows", [False, True])
+def test_ctrl_c_while_a_residual_is_filled_or_emptied(grows):
+    """Also inside the ops; a pool that is too small is filled, emptied and filled once more."""
     model = make_model(torch.bfloat16, targets=("1",))
     before = clean_weights(model)
     files = [sys.modules[f"flatkern.ops.{name}"].__file__ for name in ("_residual", "residual")]
     files.append(sys.modules["flatkern.ops.perturb"].__file__)
 
     def run(interrupt):
-        noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore="residual")
+        noise = flatkern.WeightNoise(
+            model, 0.001, mode="inplace", restore="residual", schedule=lambda step: 1 + 1000 * step
+        )
+        if grows:
+            with noise.window():
+                pass
         try:
-            with interrupt, noise.window(step=0):
+            with interrupt, noise.window(step=1):
                 pass
         finally:
             sys.settrace(interrupt.previous)

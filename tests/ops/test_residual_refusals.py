@@ -164,6 +164,12 @@ def test_a_damaged_list_never_writes_outside(device, dtype):
         ops.restore_(weight, scale, key, residual=residual)
     tolerances.assert_same_bits(weight, noisy)
     entry.copy_(kept)
+    # The bits of the stream, written down in the payload's first word, are counted again.
+    begin = residual.numel() - 4 * content.capacity
+    residual[begin] ^= 1
+    with pytest.raises(RuntimeError, match="1 chunks of it differ"):
+        ops.restore_(weight, scale, key, residual=residual)
+    residual[begin] ^= 1
     ops.restore_(weight, scale, key, residual=residual)
     tolerances.assert_same_bits(weight, before)
 
