@@ -252,6 +252,22 @@ def test_a_window_with_a_residual_compiled_in_one_graph(implementation, device, 
     assert not torch.equal(expected, original)
 
 
+def test_a_compiled_check_still_checks(implementation, device):
+    if not implementation.residual:
+        pytest.skip(f"{implementation.name} has no residual")
+    a = arguments(device)
+    weight, residual = a["weight"], flatkern.ops.new_residual(a["weight"], 0)
+    flatkern.ops.perturb_(weight, a["row_scale"], a["key"], residual=residual)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(weight):
+        flatkern.ops.check_residual(residual)
+        return weight + 1
+
+    with pytest.raises(RuntimeError, match="no room"):
+        function(weight)
+
+
 def test_compiled_with_sizes_that_change(device):
     key = flatkern.NoiseKey(*KEY).to(device)
 

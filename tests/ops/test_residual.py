@@ -294,11 +294,13 @@ def test_torch_set_flush_denormal_does_not_matter(implementation, device, dtype)
     if dtype == torch.float16:
         weight = (torch.arange(9000, device=device).view(2, 4500) % 999 * 2.0**-24).to(dtype)
     scale, key = constant(weight, 1e-40), make_key(device)
-    residual, work = ops.new_residual(weight), weight.clone()
+    residual, work, noisy = ops.new_residual(weight), weight.clone(), weight.clone()
     try:
         torch.set_flush_denormal(True)
         ops.perturb_(work, scale, key, residual=residual)
         torch.set_flush_denormal(False)
+        ops.perturb_(noisy, scale, key)
+        tolerances.assert_same_bits(work, noisy)
         ops.restore_(work, scale, key, residual=residual)
     finally:
         torch.set_flush_denormal(False)

@@ -235,7 +235,7 @@ def test_backends_without_it_say_which_have_one(implementation, device, op):
     residual = torch.zeros(1000, dtype=torch.uint8, device=device)
     key = make_key(device)
     arguments = (
-        (None, None, 1.0, 0.1, key) if op == "perturb_merged_" else (constant(weight, 1), key)
+        (None, None, 1.0, 0.1, key) if op == "perturb_merged_" else (constant(weight, 1.0), key)
     )
     for function in (
         lambda: getattr(ops, op)(weight, *arguments, residual=residual),
