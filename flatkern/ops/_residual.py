@@ -15,7 +15,7 @@ from torch import Tensor
 from flatkern import _backend
 from flatkern._version import __version__
 from flatkern.ops import _check
-from flatkern.reference.residual import HEADER_BYTES, Layout
+from flatkern.reference.residual import Layout
 
 # The other backends refuse a residual.
 BACKENDS = ("cpu", "reference")
@@ -103,7 +103,6 @@ def check_backend(op: str, weight: Tensor) -> None:
             f"{op}: residual must be None on backend {name!r}; the backends with an exact "
             f"residual are {' and '.join(BACKENDS)}"
         )
-    return name
 
 
 def begin_perturb(
@@ -120,8 +119,7 @@ def begin_perturb(
     """Refuse a residual that is full; note what it is filled for, before the weight is written."""
     header = require_empty(op, residual, weight)
     header = _window(header, weight, row_scale, key, elementwise, row_offset, col_offset)
-    # No chunk holds anything until the implementation says so.
-    residual[HEADER_BYTES : layout_of(weight).pool_begin] = 0
+    # Before the weight is: interrupted here, a restore finds every chunk clean, as when empty.
     write(residual, replace(header, asked=0, clean=0, mismatched=0, state=FILLED))
 
 
