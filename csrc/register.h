@@ -127,6 +127,14 @@ struct Ops {
   static void perturb_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
                        bool elementwise, const OptionalTensor& residual, int64_t row_offset,
                        int64_t col_offset) {
+    if constexpr (Backend::kHasResidual) {
+      if (residual.has_value()) {
+        const at::Tensor words = words_of(key);
+        return Backend::perturb_residual(
+            perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset),
+            *residual);
+      }
+    }
     check_no_residual(residual);
     perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, weight);
   }
@@ -134,10 +142,14 @@ struct Ops {
   static void restore_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
                        bool elementwise, const OptionalTensor& residual, int64_t row_offset,
                        int64_t col_offset) {
-    check_no_residual(residual);
     const at::Tensor words = words_of(key);
-    Backend::restore(weight, perturb_args(weight, weight, words, row_scale, elementwise, row_offset,
-                                          col_offset));
+    const PerturbArgs args =
+        perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset);
+    if constexpr (Backend::kHasResidual) {
+      if (residual.has_value()) return Backend::restore_residual(args, *residual);
+    }
+    check_no_residual(residual);
+    Backend::restore(weight, args);
   }
 
   // The adapters as the row norm reads them: float32, B times scaling, A padded with zeros and
@@ -195,6 +207,7 @@ struct Ops {
                                     const OptionalTensor& lora_B, double scaling, double sigma,
                                     const at::Tensor& key, bool elementwise,
                                     const OptionalTensor& residual, int64_t row_offset) {
+    // With a residual, flatkern/ops runs row_norm and perturb_.
     check_no_residual(residual);
     const at::Tensor words = words_of(key);
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);

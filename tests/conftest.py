@@ -26,6 +26,8 @@ class Implementation:
     ignores_flush_denormal: bool
     # No temporary of the weight's size anywhere.
     streams: bool
+    # Exact in-place restore: perturb_ can fill a residual.
+    residual: bool
 
     @property
     def device(self):
@@ -37,10 +39,10 @@ class Implementation:
 
 
 IMPLEMENTATIONS = (
-    Implementation("reference", ("cpu",), False, True, False, False),
-    Implementation("cpu", ("cpu",), False, False, True, True),
-    Implementation("cuda", ("cuda",), True, False, True, True),
-    Implementation("triton", ("cuda", "cpu"), True, False, True, True),
+    Implementation("reference", ("cpu",), False, True, False, False, True),
+    Implementation("cpu", ("cpu",), False, False, True, True, True),
+    Implementation("cuda", ("cuda",), True, False, True, True, False),
+    Implementation("triton", ("cuda", "cpu"), True, False, True, True, False),
 )
 
 # Names that must run: a skip of one of these is a failure, so that a broken build cannot pass.

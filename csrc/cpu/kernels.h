@@ -4,10 +4,12 @@
 // Results do not depend on how the range is cut.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
 #include "../numeric.h"
+#include "../residual.h"
 
 // AVX2 and AVX-512 beside the portable kernels, in one build and without -march.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -55,7 +57,18 @@ struct PerturbMergedArgs {
   float relative_scale;  // sigma / sqrt(n)
 };
 
-// Elementwise kernels take units of (row, block of kBlockCols columns); row kernels take rows.
+struct ResidualArgs {
+  PerturbArgs perturb;  // in place
+  Chunks chunks;
+  uint32_t* directory;  // [chunks]
+  uint32_t* pool;       // [capacity]
+  uint64_t capacity;
+  std::atomic<uint64_t>* asked;     // words that chunks asked for
+  std::atomic<uint32_t>* left_out;  // chunks without room, or refused by a restore
+};
+
+// Elementwise kernels take units of (row, block of kBlockCols columns); row kernels take rows,
+// residual kernels chunks.
 constexpr int64_t kBlockCols = 4096;
 
 // Squares are summed in this many float lanes whatever the vector width, so that every width
@@ -72,6 +85,8 @@ struct Kernels {
   void (*restore)(const PerturbArgs&, int64_t begin, int64_t end);
   void (*row_norm)(const RowNormArgs&, int64_t begin, int64_t end);
   void (*perturb_merged)(const PerturbMergedArgs&, int64_t begin, int64_t end);
+  void (*perturb_residual)(const ResidualArgs&, int64_t begin, int64_t end);
+  void (*restore_residual)(const ResidualArgs&, int64_t begin, int64_t end);
 };
 
 // The table for one instruction set, or null where it was not compiled.

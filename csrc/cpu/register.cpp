@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "../register.h"
 #include "kernels.h"
 
@@ -27,6 +29,34 @@ void for_blocks(const Args& args, void (*run)(const Args&, int64_t, int64_t)) {
                [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
+// Runs over the chunks; returns the words that they asked for and how many were left out.
+std::pair<uint64_t, uint32_t> run_residual(const PerturbArgs& perturb, const at::Tensor& residual,
+                                           void (*run)(const ResidualArgs&, int64_t, int64_t)) {
+  const Chunks chunks{perturb.window.rows, perturb.window.cols};
+  const int64_t pool = kResidualHeader + chunks.directory_bytes();
+  auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
+  TORCH_CHECK(residual.device().is_cpu() && residual.scalar_type() == at::kByte &&
+                  residual.is_contiguous() && residual.numel() >= pool &&
+                  reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
+              "flatkern_cpu: residual must be aligned uint8 of the weight's size or more");
+  std::atomic<uint64_t> asked{0};
+  std::atomic<uint32_t> left_out{0};
+  const ResidualArgs args{perturb,
+                          chunks,
+                          reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
+                          reinterpret_cast<uint32_t*>(bytes + pool),
+                          static_cast<uint64_t>(residual.numel() - pool) / 4,
+                          &asked,
+                          &left_out};
+  parallel_for(chunks.count(), kChunk, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return {asked.load(), left_out.load()};
+}
+
+template <class T>
+void set_counter(const at::Tensor& residual, int64_t offset, T value) {
+  memcpy(static_cast<uint8_t*>(residual.mutable_data_ptr()) + offset, &value, sizeof value);
+}
+
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
   using Window = cpu::Window;
@@ -36,6 +66,7 @@ struct Backend {
   static constexpr const char* kName = "flatkern_cpu";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
   static constexpr int64_t kAdapterColumns = kNormLanes;
+  static constexpr bool kHasResidual = true;
 
   static NoiseKey key_of(const int64_t* words) {
     return {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]),
@@ -50,6 +81,15 @@ struct Backend {
   }
   static void restore(const at::Tensor&, const PerturbArgs& args) {
     for_blocks(args, kernels().restore);
+  }
+  static void perturb_residual(const PerturbArgs& args, const at::Tensor& residual) {
+    const auto [asked, left_out] = run_residual(args, residual, kernels().perturb_residual);
+    set_counter(residual, kResidualAsked, asked);
+    set_counter(residual, kResidualClean, left_out);
+  }
+  static void restore_residual(const PerturbArgs& args, const at::Tensor& residual) {
+    const auto [asked, left_out] = run_residual(args, residual, kernels().restore_residual);
+    set_counter(residual, kResidualMismatched, left_out);
   }
   static void row_norm(const at::Tensor&, const RowNormArgs& args) {
     parallel_for(args.rows, args.cols * (1 + args.rank),

@@ -100,19 +100,22 @@ FLATKERN_INLINE void interleave(VFloat a, VFloat b, VFloat& first, VFloat& secon
 #undef FLATKERN_SHUFFLE
 }
 
-FLATKERN_INLINE bool any(VInt mask) {
+// Bit i is set where lane i of a comparison is true.
+FLATKERN_INLINE uint32_t lane_bits(VInt mask) {
 #if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
+  return _mm512_movepi32_mask((__m512i)mask);
 #elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
-  return _mm256_movemask_ps((__m256)mask) != 0;
+  return _mm256_movemask_ps((__m256)mask);
 #elif defined(__x86_64__)
-  return _mm_movemask_ps((__m128)mask) != 0;
+  return _mm_movemask_ps((__m128)mask);
 #else
-  int32_t all = 0;
-  for (int i = 0; i < kLanes; ++i) all |= mask[i];
-  return all != 0;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
 #endif
 }
+
+FLATKERN_INLINE bool any(VInt mask) { return lane_bits(mask) != 0; }
 
 FLATKERN_INLINE VFloat absolute(VFloat a) { return (VFloat)((VUint)a & 0x7FFFFFFFu); }
 

@@ -31,6 +31,7 @@ struct Backend {
   static constexpr const char* kName = "flatkern_cuda";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
   static constexpr int64_t kAdapterColumns = kVector;
+  static constexpr bool kHasResidual = false;
 
   static const int64_t* key_of(const int64_t* words) { return words; }
   static void philox_bits(const at::Tensor& out, const NoiseArgs& args) {

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flatkern import _backend, ops
+from flatkern import _backend
 from flatkern.nn import LoRALinear
+from flatkern.noise.keep import Keeper, keeper_of
 from flatkern.noise.strategies import Strategy
 from flatkern.ops._library import bump_version
 
@@ -26,7 +27,9 @@ class Target:
         key: int64 [4], a row of its device's key table.
         backend: the implementation that serves the open window.
         noisy: whether `layers` add the noise in their forward.
-        perturbed: whether the noise is written in the weight; `snapshot` has the clean bits.
+        perturbed: whether the noise is written in the weight; `keeper` has the clean bits.
+        restore: how the clean bits are kept, see `WeightNoise`.
+        largest: strategy and sigma that the room for them is measured with.
     """
 
     name: str
@@ -38,7 +41,9 @@ class Target:
     backend: str = ""
     noisy: bool = False
     perturbed: bool = False
-    snapshot: Tensor | None = None
+    keeper: Keeper | None = None
+    restore: str | None = None
+    largest: tuple[Strategy, float] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -48,18 +53,21 @@ class Target:
 
     def clean_weight(self) -> Tensor:
         """The weight without noise: a copy if noise is written in it."""
-        weight = self.weight
         if not self.perturbed:
-            return weight
-        # The module may have been cast or moved inside the window.
-        return self.snapshot.to(weight.device, weight.dtype, copy=True)
+            return self.weight
+        with _backend.backend(self.backend):
+            return self.keeper.clean(self.weight, self.row_scale, self.key)
 
-    def scale(self, strategy: Strategy, sigma: float) -> None:
-        """Fill the row scale from the clean weight."""
+    def scale(self, strategy: Strategy, sigma: float, largest: float) -> None:
+        """Fill the row scale from the clean weight; later windows have a sigma up to `largest`."""
+        self.row_scale.copy_(self._row_scale(strategy, sigma))
+        self.largest = strategy, largest
+
+    def _row_scale(self, strategy: Strategy, sigma: float) -> Tensor:
         layer = self.layers[0]
         # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
         adapters = layer.lora_A.detach(), layer.lora_B.detach()
-        self.row_scale.copy_(strategy(self.weight, *adapters, layer.scaling, sigma))
+        return strategy(self.weight, *adapters, layer.scaling, sigma)
 
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
@@ -90,29 +98,30 @@ class Target:
                 layer._window = None
 
     def _perturb(self) -> None:
-        weight = self.weight
-        like = (weight.shape, weight.dtype, weight.device)
-        kept = self.snapshot
-        if kept is None or (kept.shape, kept.dtype, kept.device) != like:
-            with torch.inference_mode(False):
-                self.snapshot = torch.empty_like(weight)
-        self.snapshot.copy_(weight)
+        with _backend.backend(self.backend):
+            self.keeper = keeper_of(self.restore, self.weight, self.keeper)
+            self.keeper.prepare(self.weight, lambda: self._row_scale(*self.largest), self.key)
         # From here on, because an error or Ctrl-C may leave the weight half written.
         self.perturbed = True
         for module, name in self.owners:
             guard = _Guard(self, name)
             self.hooks.append(module.register_state_dict_post_hook(guard))
             self.hooks.append(module.register_load_state_dict_pre_hook(guard.refuse_load))
+            if not self.keeper.survives_casts:
+                module._apply = guard.refuse_cast
         with _backend.backend(self.backend):
-            ops.perturb_(weight, self.row_scale, self.key)
+            self.keeper.perturb(self.weight, self.row_scale, self.key)
 
     def _restore(self) -> None:
-        self.weight.copy_(self.snapshot)
+        with _backend.backend(self.backend):
+            self.keeper.restore(self.weight, self.row_scale, self.key)
         for layer in self.layers:
             # A layer whose input needs no gradient saves no weight but adapters: without this, a
             # late backward would go through unnoticed.
             bump_version(layer.lora_A)
             bump_version(layer.lora_B)
+        for module, _ in self.owners:
+            module.__dict__.pop("_apply", None)
         while self.hooks:
             # In this order: Ctrl-C in between loses no handle, and removing twice is harmless.
             self.hooks[-1].remove()
@@ -121,7 +130,7 @@ class Target:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own operands at its first window: rows of a table do not survive."""
-        return self.__dict__ | {"row_scale": None, "key": None, "snapshot": None}
+        return self.__dict__ | {"row_scale": None, "key": None, "keeper": None}
 
 
 class _Guard:
@@ -146,15 +155,20 @@ class _Guard:
     def refuse_load(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._require_clean("load_state_dict", f"{prefix}{self._parameter}")
 
+    def refuse_cast(self, *args: Any, **options: Any) -> None:
+        """In place of the module's `_apply`, where the clean bits follow from the noisy ones."""
+        hint = 'restore="snapshot" allows it; '
+        self._require_clean("casting or moving a module", self._target.name, hint)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         self._require_clean("copying or pickling", self._target.name)
         return super().__reduce_ex__(protocol)
 
-    def _require_clean(self, action: str, name: str) -> None:
+    def _require_clean(self, action: str, name: str, hint: str = "") -> None:
         if self._target.perturbed:
             raise RuntimeError(
                 f"WeightNoise: {action} while in-place noise is written in {name}; "
-                "close the window or use paused() (state_dict() is clean at any time)"
+                f"{hint}close the window or use paused() (state_dict() is clean at any time)"
             )
 
 
@@ -213,7 +227,7 @@ def fits(target: Target) -> bool:
 def summarise(targets: list[Target], mode: str) -> str:
     """A line for each target, then the totals."""
     rows = []
-    elements = operand_bytes = weight_bytes = 0
+    elements = operand_bytes = kept_bytes = 0
     for target in targets:
         weight = target.weight
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -222,7 +236,7 @@ def summarise(targets: list[Target], mode: str) -> str:
         elements += weight.numel()
         # float32 [m] and one key of four int64.
         operand_bytes += 4 * weight.shape[0] + 32
-        weight_bytes += weight.numel() * weight.element_size()
+        kept_bytes += target.keeper.nbytes() if target.keeper is not None else 0
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -231,5 +245,5 @@ def summarise(targets: list[Target], mode: str) -> str:
     total = f"{len(rows)} weights, {elements:,} elements; {operand_bytes:,} bytes of row scales "
     total += "and keys"
     if mode == "inplace":
-        total += f", {weight_bytes:,} bytes of snapshots"
+        total += f", {kept_bytes:,} bytes of clean bits"
     return "\n".join([*lines, total])

@@ -19,6 +19,7 @@ from flatkern.ops import _check
 _OP = "WeightNoise"
 SCOPES = ("merged",)
 MODES = ("virtual", "inplace")
+RESTORES = ("residual", "snapshot", "host")
 RANKS = ("same", "independent")
 _DRAWS = 2**16
 
@@ -46,9 +47,9 @@ class WeightNoise:
     variable is read. Both modes give the same bits:
 
     - virtual: the layers regenerate the noise in forward and backward; W is never written.
-    - inplace: W is written at open; its exact bits come back at close, from a snapshot (memory:
-      one copy of every weight in scope, see `summary`). Everything that shares the tensor, such
-      as a tied embedding, sees the noise too.
+    - inplace: W is written at open; its exact bits come back at close, from what `restore` names
+      (memory: see `summary`, after the first window). Everything that shares the tensor, such as a
+      tied embedding, sees the noise too.
 
     A window covers forward and backward: a backward after its close raises a RuntimeError (not
     where activation checkpointing recomputes the layers of an in-place window: then nothing of
@@ -64,6 +65,7 @@ class WeightNoise:
         strategy: str = "flat_lora",
         scope: str = "merged",
         mode: str = "virtual",
+        restore: str | None = None,
         schedule: Schedule | None = None,
         seed: int = 0,
         ranks: str = "same",
@@ -77,6 +79,11 @@ class WeightNoise:
                 "flat_lora" (sigma / sqrt(n) ||W'_i||).
             scope: "merged": the base weights of LoRALinear layers.
             mode: "virtual" or "inplace".
+            restore: how an in-place window keeps the clean bits. "residual": what the noise takes
+                from each element, 0.15 to 0.3 bits of bfloat16; a module whose weight is noisy
+                cannot be cast or moved, and a weight that was written cannot be restored.
+                "snapshot": a copy of every weight in scope. "host": the same in host memory.
+                None: a residual where the backend has kernels for it, else a snapshot.
             schedule: factor of sigma as a function of the 0-based step; None: constant.
             seed: in [0, 2^32).
             ranks: "same" noise on every rank of torch.distributed, or "independent".
@@ -92,6 +99,8 @@ class WeightNoise:
         _one_of(tuple(STRATEGIES), strategy=strategy)
         _one_of(SCOPES, scope=scope)
         _one_of(MODES, mode=mode)
+        if restore is not None:
+            _one_of(RESTORES, restore=restore)
         _one_of(RANKS, ranks=ranks)
         NoiseKey(seed)
         self._targets = collect(model)
@@ -100,6 +109,8 @@ class WeightNoise:
                 f"{_OP}: model must have LoRALinear layers, got nothing to perturb; "
                 "see flatkern.nn.replace_linear"
             )
+        for target in self._targets:
+            target.restore = restore
         self._sigma = sigma
         self._strategy = STRATEGIES[strategy]
         self._mode = mode
@@ -275,7 +286,7 @@ class WeightNoise:
             for column, word in enumerate((key.seed, key.step, key.draw)):
                 table[:, column] = word
         for target in self._targets:
-            target.scale(self._strategy, sigma_t)
+            target.scale(self._strategy, sigma_t, max(sigma_t, self._sigma))
 
     def _show(self) -> None:
         for target in self._targets:

@@ -4,9 +4,12 @@ from flatkern.ops.noise import noise, philox_bits
 from flatkern.ops.noisy_linear import noisy_linear
 from flatkern.ops.perturb import perturb, perturb_, restore_
 from flatkern.ops.perturb_merged import perturb_merged_
+from flatkern.ops.residual import check_residual, new_residual
 from flatkern.ops.row_norm import row_norm
 
 __all__ = [
+    "check_residual",
+    "new_residual",
     "noise",
     "noisy_linear",
     "perturb",

@@ -161,8 +161,3 @@ def finite(op: str, argument: str, value: float, minimum: float | None = None) -
     if not math.isfinite(value) or (minimum is not None and value < minimum):
         accepted = "finite" if minimum is None else f"finite and at least {minimum:g}"
         refuse(op, argument, accepted, value)
-
-
-def no_residual(op: str, value: Tensor | None) -> None:
-    if value is not None:
-        refuse(op, "residual", "None in this version", value)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flatkern.ops import _check
+from flatkern.ops import _check, _residual
 from flatkern.ops._library import as_matrix, bump_version, define, implement, kernel
 
 _OFFSETS = "SymInt row_offset=0, SymInt col_offset=0"
@@ -98,12 +98,15 @@ def perturb_(
         row_scale: c, float32 [m].
         key: int64 [4] on the weight's device.
         elementwise: e_ij = c_i z_ij |W_ij|.
-        residual: None (the exact residual comes with a later version).
+        residual: from `new_residual`, empty; filled with what `restore_` needs to bring back the
+            exact bits, and written. One that was given too few bytes leaves chunks unperturbed:
+            see `check_residual`. Backends: cpu and reference.
         row_offset, col_offset: global coordinates of the weight's first element.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, layout or device;
             nothing was written.
+        RuntimeError: the residual is filled already; nothing was written.
     """
     _check_kinds("perturb_", weight, row_scale, key, elementwise, row_offset, col_offset)
     _check.kinds("perturb_", Tensor, optional=True, residual=residual)
@@ -128,19 +131,24 @@ def restore_(
     row_offset: int = 0,
     col_offset: int = 0,
 ) -> None:
-    """Undo `perturb_` with the same arguments, up to rounding.
+    """Undo `perturb_` with the same arguments: exactly with its residual, else up to rounding.
 
     Without a residual this is lossy: where the noise lifted an element into a higher binade its
-    low bits are gone (4.6 % of bfloat16 weights at sigma = 0.05). `WeightNoise` restores exactly.
+    low bits are gone (4.6 % of bfloat16 weights at sigma = 0.05). With one every bit comes back,
+    NaN payloads included. Each chunk of 4096 elements is compared with a check word first: one
+    that changed since `perturb_` is left alone, the others are restored, and a RuntimeError says
+    so. Put back the noisy values of such a chunk and call again to go on.
 
     Args:
         weight: the perturbed weight; written.
         row_scale, key, elementwise, row_offset, col_offset: as given to `perturb_`.
-        residual: None (the exact residual comes with a later version).
+        residual: the one that `perturb_` filled, or None; emptied.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, layout or device;
             nothing was written.
+        RuntimeError: the residual is empty, or was filled with another key, row scale, offset,
+            form or backend: nothing was written. Or the weight was changed, see above.
     """
     _check_kinds("restore_", weight, row_scale, key, elementwise, row_offset, col_offset)
     _check.kinds("restore_", Tensor, optional=True, residual=residual)
@@ -217,32 +225,35 @@ def _fake_out(weight, row_scale, key, *, elementwise=False, row_offset=0, col_of
     _check_out(weight, row_scale, key, row_offset, col_offset, out)
 
 
+def run_inplace(op, weight, row_scale, key, residual, options):
+    """Run `perturb_` or `restore_` on a backend, and keep the residual's header."""
+    if residual is not None:
+        begin = _residual.begin_perturb if op == "perturb_" else _residual.begin_restore
+        begin(op, residual, weight, row_scale, key, **options)
+    run = kernel(op, weight)
+    run(as_matrix(weight), row_scale, key, residual=residual, **options)
+    bump_version(weight)
+    if residual is not None:
+        bump_version(residual)
+        if op == "restore_":
+            _residual.finish_restore(op, residual)
+
+
 def _inplace(op):
     """Selector and fake of `perturb_` or `restore_`, which differ in the kernel alone."""
-
-    def check(weight, row_scale, key, residual, row_offset, col_offset):
-        check_values(op, weight, row_scale, key, row_offset, col_offset)
-        _check.no_residual(op, residual)
-
-    def select(
-        weight, row_scale, key, *, elementwise=False, residual=None, row_offset=0, col_offset=0
-    ):
-        check(weight, row_scale, key, residual, row_offset, col_offset)
-        kernel(op, weight)(
-            as_matrix(weight),
-            row_scale,
-            key,
-            elementwise=elementwise,
-            residual=residual,
-            row_offset=row_offset,
-            col_offset=col_offset,
-        )
-        bump_version(weight)
 
     def fake(
         weight, row_scale, key, *, elementwise=False, residual=None, row_offset=0, col_offset=0
     ):
-        check(weight, row_scale, key, residual, row_offset, col_offset)
+        check_values(op, weight, row_scale, key, row_offset, col_offset)
+        _residual.check(op, residual, weight)
+
+    def select(
+        weight, row_scale, key, *, elementwise=False, residual=None, row_offset=0, col_offset=0
+    ):
+        options = {"row_offset": row_offset, "col_offset": col_offset}
+        fake(weight, row_scale, key, residual=residual, **options)
+        run_inplace(op, weight, row_scale, key, residual, {"elementwise": elementwise, **options})
 
     return select, fake
 

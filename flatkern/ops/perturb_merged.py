@@ -1,10 +1,13 @@
 """Row norm, scale and perturbation in one pass over the weight."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from flatkern.ops import _check
+from flatkern.ops import _check, _residual
 from flatkern.ops._library import as_matrix, bump_version, define, implement, kernel
+from flatkern.ops.perturb import run_inplace
 
 define(
     "perturb_merged_",
@@ -37,7 +40,7 @@ def perturb_merged_(
         sigma: relative noise strength, finite and at least 0.
         key: int64 [4] on the weight's device.
         elementwise: e_ij = c_i z_ij |W_ij|.
-        residual: None (the exact residual comes with a later version).
+        residual: see `perturb_`.
         row_offset: global row of the weight's first element.
 
     Returns:
@@ -46,6 +49,7 @@ def perturb_merged_(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, layout or device;
             nothing was written.
+        RuntimeError: the residual is filled already; nothing was written.
 
     Equivalent calls:
 
@@ -78,7 +82,7 @@ def _check_values(weight, lora_A, lora_B, scaling, sigma, key, residual, row_off
     _check.finite(op, "sigma", sigma, minimum=0.0)
     _check.key(op, key, weight)
     _check.offsets(op, rows, cols, row_offset, 0)
-    _check.no_residual(op, residual)
+    _residual.check(op, residual, weight)
 
 
 def _select(
@@ -94,17 +98,17 @@ def _select(
     row_offset=0,
 ):
     _check_values(weight, lora_A, lora_B, scaling, sigma, key, residual, row_offset)
-    row_scale = kernel("perturb_merged_", weight)(
-        as_matrix(weight),
-        lora_A,
-        lora_B,
-        scaling,
-        sigma,
-        key,
-        elementwise=elementwise,
-        residual=residual,
-        row_offset=row_offset,
-    )
+    options = {"elementwise": elementwise, "row_offset": row_offset}
+    if residual is not None:
+        # The residual notes the scale that it is filled for before anything is written: two passes.
+        _residual.require_empty("perturb_merged_", residual, weight)
+        norm = kernel("row_norm", weight)(as_matrix(weight), lora_A, lora_B, scaling)
+        columns = max(as_matrix(weight).shape[1], 1)
+        row_scale = norm * (sigma / math.sqrt(columns))
+        run_inplace("perturb_", weight, row_scale, key, residual, {**options, "col_offset": 0})
+        return row_scale
+    run = kernel("perturb_merged_", weight)
+    row_scale = run(as_matrix(weight), lora_A, lora_B, scaling, sigma, key, **options)
     bump_version(weight)
     return row_scale
 

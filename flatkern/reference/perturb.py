@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flatkern.reference import residual as exact
 from flatkern.reference.noise import noise
 
 
@@ -75,16 +76,13 @@ def perturb_(
     row_offset: int = 0,
     col_offset: int = 0,
 ) -> None:
-    """`perturb` in place."""
-    perturb_out(
-        weight,
-        row_scale,
-        key,
-        elementwise=elementwise,
-        row_offset=row_offset,
-        col_offset=col_offset,
-        out=weight,
-    )
+    """`perturb` in place; with a residual, chunks that it has no room for stay as they are."""
+    offsets = {"row_offset": row_offset, "col_offset": col_offset}
+    noisy = perturb(weight, row_scale, key, elementwise=elementwise, **offsets)
+    if residual is not None:
+        e = _row_noise(weight, row_scale, key, **offsets)
+        noisy = exact.encode(weight, noisy, e, elementwise, residual)
+    weight.copy_(noisy)
 
 
 def restore_(
@@ -97,9 +95,18 @@ def restore_(
     row_offset: int = 0,
     col_offset: int = 0,
 ) -> None:
-    """Undo `perturb_` up to rounding: S - e, or S / (1 + c_i z_ij sign(S)) if elementwise."""
+    """Undo `perturb_`: exactly with its residual, but for chunks that changed since.
+
+    Without one, up to rounding: S - e, or S / (1 + c_i z_ij sign(S)) if elementwise.
+    """
+    e = _row_noise(weight, row_scale, key, row_offset, col_offset)
+    if residual is not None:
+        clean, refused = exact.decode(weight, e, elementwise, residual)
+        weight.copy_(clean)
+        exact.settle(residual, weight, refused)
+        return
     wide = _wide(weight)
-    e = _row_noise(weight, row_scale, key, row_offset, col_offset).to(wide.dtype)
+    e = e.to(wide.dtype)
     if elementwise:
         factor = 1.0 + e * torch.sign(wide)
         # Noise that took (nearly) all of an element, or flipped its sign, cannot be divided out.

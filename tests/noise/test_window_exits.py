@@ -9,7 +9,7 @@ import torch
 from noisy_models import clean_weights, data, lora_layers, loss_of, make_model, seen_weight
 
 import flatkern
-from flatkern.noise import targets, window
+from flatkern.noise import keep, targets, window
 
 both_modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
 BACKEND = flatkern.build_info()["backend"]
@@ -27,6 +27,7 @@ def assert_over(noise, model, before):
     for module in model.modules():
         assert not module._state_dict_hooks
         assert not module._load_state_dict_pre_hooks
+        assert "_apply" not in vars(module)
     for name, value in model.state_dict().items():
         tolerances.assert_same_bits(value, before[name])
     with noise.window(step=0):
@@ -89,19 +90,21 @@ def test_leaving_a_loop_or_a_function(model, mode):
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("failing", [1, 2, 3])
 @pytest.mark.parametrize("op", ["row_norm", "perturb_"])
-@pytest.mark.parametrize("half_written", [False, True])
-def test_error_in_the_kth_layer(monkeypatch, model, error, failing, op, half_written):
+@pytest.mark.parametrize(
+    ("restore", "half_written"), [("snapshot", False), ("snapshot", True), ("residual", False)]
+)
+def test_error_in_the_kth_layer(monkeypatch, model, error, failing, op, restore, half_written):
     before = clean_weights(model)
-    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore=restore)
     original, calls = getattr(flatkern.ops, op), []
 
-    def fail(weight, *args):
+    def fail(weight, *args, **options):
         calls.append(weight)
         if len(calls) == failing:
             if half_written and op == "perturb_":
                 weight[0].fill_(7)
             raise error
-        return original(weight, *args)
+        return original(weight, *args, **options)
 
     monkeypatch.setattr(flatkern.ops, op, fail)
     for enter in (noise.open, noise.window().__enter__):
@@ -117,7 +120,7 @@ def test_error_in_the_kth_layer(monkeypatch, model, error, failing, op, half_wri
 
 def test_out_of_memory_for_a_snapshot(monkeypatch, model):
     before = clean_weights(model)
-    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore="snapshot")
     empty_like, calls = torch.empty_like, []
 
     def fail(tensor):
@@ -134,7 +137,7 @@ def test_out_of_memory_for_a_snapshot(monkeypatch, model):
 
 
 def test_snapshots_are_allocated_once(monkeypatch, model):
-    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore="snapshot")
     calls = []
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t: calls.append(t) or empty_like(t))
@@ -170,20 +173,21 @@ def test_a_layer_that_cannot_be_restored_does_not_keep_the_others(monkeypatch, m
     assert_over(noise, model, before)
 
 
-@pytest.mark.parametrize("failing", [4, 5, 6])
-def test_error_when_a_pause_ends(monkeypatch, model, failing):
+@pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.parametrize("restore", ["snapshot", "residual", "host"])
+def test_error_when_a_pause_ends(monkeypatch, model, failing, restore):
     before = clean_weights(model)
-    noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore=restore)
     perturb_, calls = flatkern.ops.perturb_, []
 
-    def fail(*args):
+    def fail(*args, **options):
         calls.append(args)
         if len(calls) == failing:
             raise MemoryError
-        perturb_(*args)
+        perturb_(*args, **options)
 
-    monkeypatch.setattr(flatkern.ops, "perturb_", fail)
     noise.open()
+    monkeypatch.setattr(flatkern.ops, "perturb_", fail)
     with pytest.raises(MemoryError), noise.paused():
         pass
     monkeypatch.undo()
@@ -193,10 +197,11 @@ def test_error_when_a_pause_ends(monkeypatch, model, failing):
 class Interrupt:
     """Raises KeyboardInterrupt before the nth line that is run in the window's own files."""
 
-    FILES = (window.__file__, targets.__file__)
+    FILES = (window.__file__, targets.__file__, keep.__file__)
 
-    def __init__(self, at):
+    def __init__(self, at, more_files=()):
         self.left = at
+        self.files = {*self.FILES, *more_files}
 
     def __enter__(self):
         self.previous = sys.gettrace()
@@ -206,7 +211,7 @@ class Interrupt:
         sys.settrace(self.previous)
 
     def trace(self, frame, event, argument):
-        if frame.f_code.co_filename not in self.FILES:
+        if frame.f_code.co_filename not in self.files:
             return None
         if event == "line":
             self.left -= 1
@@ -215,10 +220,10 @@ class Interrupt:
         return self.trace
 
 
-def every_interrupt(run):
+def every_interrupt(run, step=1, more_files=()):
     """Call `run(interrupt)` with an interrupt at each line in turn, until one comes too late."""
-    for at in range(1, 2000):
-        interrupt = Interrupt(at)
+    for at in range(1, 4000, step):
+        interrupt = Interrupt(at, more_files)
         try:
             run(interrupt)
         except KeyboardInterrupt:
@@ -275,3 +280,30 @@ def test_ctrl_c_in_close(mode):
 
     every_interrupt(run)
     assert unfinished <= 3
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_ctrl_c_while_a_residual_is_filled_or_emptied(grows):
+    """Also inside the ops; a pool that is too small is filled, emptied and filled once more."""
+    model = make_model(torch.bfloat16, targets=("1",))
+    before = clean_weights(model)
+    files = [sys.modules[f"flatkern.ops.{name}"].__file__ for name in ("_residual", "residual")]
+    files.append(sys.modules["flatkern.ops.perturb"].__file__)
+
+    def run(interrupt):
+        noise = flatkern.WeightNoise(
+            model, 0.001, mode="inplace", restore="residual", schedule=lambda step: 1 + 1000 * step
+        )
+        if grows:
+            with noise.window():
+                pass
+        try:
+            with interrupt, noise.window(step=1):
+                pass
+        finally:
+            sys.settrace(interrupt.previous)
+            for name, value in model.state_dict().items():
+                tolerances.assert_same_bits(value, before[name])
+            assert not noise.active
+
+    every_interrupt(run, more_files=files)

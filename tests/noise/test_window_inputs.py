@@ -40,14 +40,17 @@ def test_state_is_checked():
 
 def test_summary():
     model = make_model(torch.bfloat16, targets=("1", "4"))
-    lines = flatkern.WeightNoise(model, mode="inplace").summary().splitlines()
+    noise = flatkern.WeightNoise(model, mode="inplace", restore="snapshot")
+    with noise.window():
+        pass
+    lines = noise.summary().splitlines()
     assert lines[0].split() == ["1.weight", "bfloat16", "[16,", "12]", "tensor", "2", "inplace"]
     assert lines[1].split() == ["4.weight", "bfloat16", "[5,", "9]", "tensor", "5", "inplace"]
     assert lines[2] == (
-        "2 weights, 237 elements; 148 bytes of row scales and keys, 474 bytes of snapshots"
+        "2 weights, 237 elements; 148 bytes of row scales and keys, 474 bytes of clean bits"
     )
     assert len(lines) == 3
-    assert "snapshot" not in flatkern.WeightNoise(model).summary()
+    assert "clean bits" not in flatkern.WeightNoise(model).summary()
 
 
 WRONG = [
@@ -60,6 +63,8 @@ WRONG = [
     ({"strategy": None}, TypeError),
     ({"scope": "full"}, ValueError),
     ({"mode": "in-place"}, ValueError),
+    ({"restore": "copy"}, ValueError),
+    ({"restore": 1}, TypeError),
     ({"ranks": "all"}, ValueError),
     ({"seed": -1}, ValueError),
     ({"seed": 2**32}, ValueError),
@@ -72,6 +77,7 @@ ACCEPTED = {
     "strategy": "'gaussian' or 'row' or 'flat_lora'",
     "scope": "'merged'",
     "mode": "'virtual' or 'inplace'",
+    "restore": "'residual' or 'snapshot' or 'host'",
     "ranks": "'same' or 'independent'",
 }
 

@@ -278,7 +278,7 @@ def test_dtype_and_out_that_disagree(device):
 
 
 @pytest.mark.parametrize("op", TAKES["residual"])
-def test_a_residual_is_refused_until_there_are_residuals(device, op):
+def test_what_is_not_a_residual_is_refused(device, op):
     residual = torch.ones(6, 12, device=device)
     args, kwargs = arguments_of(op, device, residual=residual)
     message = refused(public(op), args, kwargs, ValueError)

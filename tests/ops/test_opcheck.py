@@ -30,6 +30,29 @@ def arguments(device, dtype=torch.float32, requires_grad=False):
     }
 
 
+def residual_cases(device, dtype):
+    """Calls with a residual, where the backend has one."""
+    a = arguments(device, dtype)
+    weight, scale, key, adapters = a["weight"], a["row_scale"], a["key"], (a["lora_A"], a["lora_B"])
+    empty, noisy = flatkern.ops.new_residual(weight), weight.clone()
+    filled = empty.clone()
+    flatkern.ops.perturb_(noisy, scale, key, residual=filled, **OFFSETS)
+    with_empty, with_filled = {"residual": empty}, {"residual": filled, **OFFSETS}
+    return [
+        ("new_residual", OPS.new_residual.default, (weight,), {}),
+        ("new_residual small", OPS.new_residual.default, (weight, 10), {}),
+        ("check_residual", OPS.check_residual.default, (filled,), {}),
+        ("perturb_ residual", OPS.perturb_.default, (weight, scale, key), with_empty),
+        ("restore_ residual", OPS.restore_.default, (noisy, scale, key), with_filled),
+        (
+            "perturb_merged_ residual",
+            OPS.perturb_merged_.default,
+            (weight, *adapters, 2.0, 0.1, key),
+            with_empty,
+        ),
+    ]
+
+
 def cases(device, dtype=torch.float32):
     """(name, overload, args, kwargs) of representative calls."""
     a = arguments(device, dtype)
@@ -40,7 +63,9 @@ def cases(device, dtype=torch.float32):
     image = torch.ones(4, 2, 3, 3, dtype=dtype, device=device)
     image_scale = torch.ones(4, device=device)
     noisy_linear = [differentiable[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+    has_residual = flatkern.ops.residual.is_available(weight)
     return [
+        *(residual_cases(device, dtype) if has_residual else []),
         ("philox_bits", OPS.philox_bits.default, (5, 9, key), OFFSETS),
         ("noise", OPS.noise.default, (5, 9, key), OFFSETS),
         ("noise empty", OPS.noise.default, (0, 9, key), {}),
@@ -95,10 +120,17 @@ def cases(device, dtype=torch.float32):
 NAMES = [case[0] for case in cases("cpu")]
 
 
+def case(name, device, dtype):
+    for found, *rest in cases(device, dtype):
+        if found == name:
+            return rest
+    pytest.skip("this backend has no residual")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(device, name):
     for dtype in (torch.float32, torch.bfloat16):
-        _, op, args, kwargs = cases(device, dtype)[NAMES.index(name)]
+        op, args, kwargs = case(name, device, dtype)
         torch.library.opcheck(op, args, kwargs)
 
 
@@ -117,10 +149,10 @@ def signature(tensor):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake_tensors_have_the_real_shapes(device, name, dtype):
-    _, op, args, kwargs = cases(device, dtype)[NAMES.index(name)]
+    op, args, kwargs = case(name, device, dtype)
     real = op(*args, **kwargs)
     mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-    _, op, args, kwargs = cases(device, dtype)[NAMES.index(name)]
+    op, args, kwargs = case(name, device, dtype)
 
     def fake(value):
         return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
@@ -156,7 +188,13 @@ def compiled_functions(a, device):
         ops.perturb(weight, scale, key, out=result)
         return result * 2
 
+    def checked(weight):
+        ops.check_residual(ops.new_residual(weight))
+        return weight + 1
+
     return {
+        "new_residual": ops.new_residual,
+        "check_residual": checked,
         "philox_bits": lambda w: ops.philox_bits(*w.shape, key, **OFFSETS),
         "noise": lambda w: w + ops.noise(*w.shape, key),
         "row_norm": lambda w: ops.row_norm(w, *adapters, 2.0) * 2,
@@ -174,6 +212,8 @@ def compiled_functions(a, device):
 @pytest.mark.parametrize("name", sorted({name.split()[0] for name in NAMES}))
 def test_compiled_in_one_graph(device, name):
     a = arguments(device)
+    if "residual" in name:
+        case(name, device, torch.float32)
     function = compiled_functions(a, device)[name]
     expected = function(a["weight"])
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(a["weight"])
@@ -181,6 +221,51 @@ def test_compiled_in_one_graph(device, name):
         expected, got = (expected,), (got,)
     for after, before in zip(got, expected, strict=True):
         tolerances.assert_same_bits(after, before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_window_with_a_residual_compiled_in_one_graph(implementation, device, merged):
+    if not implementation.residual:
+        pytest.skip(f"{implementation.name} has no residual")
+    a = arguments(device, torch.bfloat16)
+    original, scale, key = a["weight"].clone(), a["row_scale"], a["key"]
+    adapters = a["lora_A"], a["lora_B"]
+
+    def window(weight, residual):
+        c = scale
+        if merged:
+            c = flatkern.ops.perturb_merged_(weight, *adapters, 2.0, 0.1, key, residual=residual)
+        else:
+            flatkern.ops.perturb_(weight, c, key, residual=residual)
+        noisy = weight + 0
+        flatkern.ops.restore_(weight, c, key, residual=residual)
+        return noisy
+
+    expected = window(original.clone(), flatkern.ops.new_residual(original))
+    weight, residual = original.clone(), flatkern.ops.new_residual(original)
+    before = weight._version
+    compiled = torch.compile(window, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        tolerances.assert_same_bits(compiled(weight, residual), expected)
+        tolerances.assert_same_bits(weight, original)
+    assert weight._version > before
+    assert not torch.equal(expected, original)
+
+
+def test_a_compiled_check_still_checks(implementation, device):
+    if not implementation.residual:
+        pytest.skip(f"{implementation.name} has no residual")
+    a = arguments(device)
+    weight, residual = a["weight"], flatkern.ops.new_residual(a["weight"], 0)
+    flatkern.ops.perturb_(weight, a["row_scale"], a["key"], residual=residual)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(weight):
+        flatkern.ops.check_residual(residual)
+        return weight + 1
+
+    with pytest.raises(RuntimeError, match="no room"):
+        function(weight)
 
 
 def test_compiled_with_sizes_that_change(device):
