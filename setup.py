@@ -32,7 +32,21 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 CUDA_ARCHS = ("8.0", "9.0", "10.0")
 
 
+def cuda_setting() -> str:
+    setting = os.environ.get("FLATKERN_CUDA") or "auto"
+    if setting not in ("auto", "0", "1"):
+        raise SystemExit(f"flatkern: FLATKERN_CUDA must be auto, 0 or 1, got {setting!r}")
+    return setting
+
+
+def require_cuda(reason: str) -> None:
+    """Ends an installation that insists on CUDA kernels but cannot have them."""
+    if cuda_setting() == "1":
+        raise SystemExit(f"flatkern: FLATKERN_CUDA=1 asks for CUDA kernels, but {reason}")
+
+
 def pure_python(reason: str) -> dict:
+    require_cuda(reason)
     # pip runs this file several times; only the run that builds speaks.
     if {"bdist_wheel", "editable_wheel"} & set(sys.argv):
         print(
@@ -72,27 +86,26 @@ def cuda_archs(nvcc: Path) -> str:
 
 def cuda_plan(torch_cuda: str | None) -> tuple[Path | None, str]:
     """Which nvcc builds the CUDA kernels for a torch of this CUDA version; None and why if none."""
-    setting = os.environ.get("FLATKERN_CUDA", "auto")
-    if setting not in ("auto", "0", "1"):
-        raise SystemExit(f"flatkern: FLATKERN_CUDA must be auto, 0 or 1, got {setting!r}")
-    if setting == "0":
+    if cuda_setting() == "0":
         return None, "FLATKERN_CUDA=0"
     nvcc = find_nvcc()
     if torch_cuda is None:
         reason = "this torch is built without CUDA"
     elif nvcc is None:
         reason = "nvcc was not found (in CUDA_HOME or, without it, on PATH and in /usr/local/cuda)"
-    elif (version := nvcc_version(nvcc)).split(".")[0] != torch_cuda.split(".")[0]:
+    elif (version := nvcc_version(nvcc)) is None:
+        reason = f"{nvcc} --version tells no version"
+    elif version.split(".")[0] != torch_cuda.split(".")[0]:
         reason = f"nvcc is of CUDA {version}, this torch of CUDA {torch_cuda}"
     else:
         return nvcc, ""
-    if setting == "1":
-        raise SystemExit(f"flatkern: FLATKERN_CUDA=1 asks for CUDA kernels, but {reason}")
+    require_cuda(reason)
     return None, reason
 
 
-def nvcc_version(nvcc: Path) -> str:
-    return re.search(r"release (\S+),", run(str(nvcc), "--version"))[1]
+def nvcc_version(nvcc: Path) -> str | None:
+    release = re.search(r"release (\S+),", run(str(nvcc), "--version"))
+    return release and release[1]
 
 
 def wheel_includes() -> list[str]:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -35,7 +36,7 @@ NAMES = ("cuda", "cpu", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Process-wide on purpose: backward runs on autograd's own threads and must see the same choice.
-_named: str = os.environ.get("FLATKERN_BACKEND", "auto")
+_named: str = os.environ.get("FLATKERN_BACKEND") or "auto"
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -43,7 +44,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("flatkern._C") is None:
         return None, (
             "flatkern._C was not built: "
-            "pip install --no-build-isolation with a C++ compiler builds it"
+            "pip install --no-build-isolation with a C++ compiler builds it, with nvcc for GPUs too"
         )
     try:
         return importlib.import_module("flatkern._C"), ""
@@ -77,7 +78,26 @@ def _why_unusable(name: str) -> str | None:
             return f"flatkern._C was built without CUDA: {reason}"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
+        return _why_no_code(info["cuda"]["archs"], torch.cuda.get_device_capability())
     return None
+
+
+def _why_no_code(archs: str, capability: tuple[int, int]) -> str | None:
+    """Why code for `archs` (as in TORCH_CUDA_ARCH_LIST) cannot run on a GPU, or None."""
+    if capability < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or higher"
+    for arch in re.split(r"[;\s]+", archs):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            return None  # a name, which only torch resolves
+        built = int(match[1]), int(match[2])
+        same_major = built[0] == capability[0]
+        if built == capability or (not match[3] and same_major and built < capability):
+            return None
+        if match[4] and not match[3] and built < capability:
+            return None
+    own = f"{capability[0]}.{capability[1]}"
+    return f"built for {archs}, this GPU is {own}: reinstall with TORCH_CUDA_ARCH_LIST={own}"
 
 
 def available_backends(device_type: str = "cpu") -> list[str]:
@@ -145,7 +165,9 @@ def _say_once_that_it_is_slow(device_type: str) -> None:
 
 def _require_usable(name: str) -> None:
     if name not in NAMES:
-        raise ValueError(f"backend must be auto, {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(
+            f"backend (or FLATKERN_BACKEND) must be auto, {', '.join(NAMES)}; got {name!r}"
+        )
     reason = _why_unusable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not usable: {reason}")
@@ -172,6 +194,16 @@ def backend(name: str) -> Iterator[None]:
         _named = before
 
 
+def _choice() -> str:
+    """The current choice, and what is wrong with it: FLATKERN_BACKEND is not checked at import."""
+    try:
+        if _named != "auto":
+            _require_usable(_named)
+    except (RuntimeError, ValueError) as error:
+        return f"{_named} ({error})"
+    return _named
+
+
 def build_info() -> dict[str, object]:
     """What is built and usable, and why the rest is not: plain values, printable as they are.
 
@@ -181,7 +213,7 @@ def build_info() -> dict[str, object]:
     return {
         "flatkern": __version__,
         "torch": torch.__version__,
-        "backend": _named,
+        "backend": _choice(),
         "auto": {kind: _automatic(kind) for kind in PREFERENCE if kind != "cuda" or has_cuda},
         "backends": {name: _why_unusable(name) or "usable" for name in NAMES},
         "extension": _C.build_info() if _C is not None else _why_no_extension,

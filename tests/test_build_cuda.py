@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flatkern
+from flatkern import _backend
 
 ROOT = Path(__file__).parents[1]
 OPS = ("philox_bits", "noise", "row_norm", "perturb", "perturb.out", "perturb_", "restore_")
@@ -72,6 +73,39 @@ def test_asking_for_what_cannot_be_built_is_an_error(build, nvcc, monkeypatch):
     monkeypatch.setenv("FLATKERN_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
         build.cuda_plan("13.0")
+
+
+def test_insisting_needs_a_compiler_and_torch_too(build, monkeypatch):
+    assert build.pure_python("no C++ compiler was found") == {}
+    monkeypatch.setenv("FLATKERN_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"FLATKERN_CUDA=1 asks .* no C\+\+ compiler was found"):
+        build.pure_python("no C++ compiler was found")
+
+
+def test_an_nvcc_that_does_not_run_is_a_reason(build, nvcc):
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert build.cuda_plan("13.0") == (None, f"{nvcc} --version tells no version")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0;9.0;10.0+PTX", (8, 0), True),
+        ("8.0;9.0;10.0+PTX", (8, 9), True),
+        ("8.0;9.0;10.0+PTX", (12, 0), True),
+        ("8.0 9.0", (12, 0), False),
+        ("9.0", (8, 0), False),
+        ("9.0", (9, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("8.6", (8, 0), False),
+        ("7.5+PTX", (7, 5), False),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_a_gpu_without_code_of_its_own_is_not_served(archs, capability, runs):
+    reason = _backend._why_no_code(archs, capability)
+    assert (reason is None) == runs, reason
 
 
 def test_the_error_ends_a_build(tmp_path):

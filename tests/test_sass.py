@@ -4,6 +4,7 @@ A layout that narrows stores, goes through shared memory or spills costs a multi
 result shows it. `python -m bench.sass` writes the table of all kernels.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def cuda_form(report):
 
 
 def test_cuda_was_compiled_for_what_it_says(cuda_reports):
+    if re.search("[A-Za-z]{2}", EXTENSION["cuda"]["archs"].replace("+PTX", "")):
+        pytest.skip("an architecture by name")
     archs = EXTENSION["cuda"]["archs"].replace(";", " ").replace("+PTX", "").split()
     expected = {int(arch.replace(".", "").rstrip("af")) for arch in archs}
     assert {report.arch for report in cuda_reports} == expected
