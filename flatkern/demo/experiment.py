@@ -22,7 +22,7 @@ RANK, ALPHA = 8, 16
 BATCH = 32
 EVALUATION_BATCH = 64
 RADII = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-DRAWS = 2
+QUICK_DRAWS, DRAWS = 1, 2  # of noise at each radius
 CURVE_POINTS = 7
 CURVE_SENTENCES = 400  # of the in-domain test set, which is in random order
 RADIUS_SEED = 12345  # not a training seed: the noise measured under was never trained under
@@ -115,7 +115,7 @@ def evaluate(model: TopLayers, data: Encoded) -> tuple[float, float]:
     return 100 * correct / len(data.labels), total / len(data.labels)
 
 
-def loss_by_radius(model: TopLayers, data: Encoded) -> list[list[float]]:
+def loss_by_radius(model: TopLayers, data: Encoded, draws: int) -> list[list[float]]:
     """Mean loss [radius][draw] under Flat-LoRA's noise of each radius, the same for every arm.
 
     The radius is sigma: the length of a row's noise over the length of the merged weight row.
@@ -124,7 +124,7 @@ def loss_by_radius(model: TopLayers, data: Encoded) -> list[list[float]]:
     for radius in RADII[1:]:
         noise = flatkern.WeightNoise(model, sigma=radius, seed=RADIUS_SEED)
         losses.append([])
-        for _ in range(DRAWS):
+        for _ in range(draws):
             with noise.window():
                 losses[-1].append(evaluate(model, data)[1])
     return losses
@@ -165,6 +165,7 @@ def run(
     in_domain: str,
     epochs: int,
     seed: int,
+    draws: int,
     on_step: Callable[[], None],
 ) -> Run:
     """Train one arm and measure all that the demo reports.
@@ -178,6 +179,7 @@ def run(
         in_domain: which of `tests` the training curve follows.
         epochs: passes over `data`.
         seed: of initialisation, dropout, order and noise.
+        draws: of noise, at each radius that the loss is measured at.
         on_step: called after each optimizer step.
     """
     model = build(top, data.hidden.shape[-1], recipe, seed)
@@ -197,7 +199,7 @@ def run(
     result.seconds_per_step = statistics.median(seconds)
     for domain, test in tests.items():
         result.accuracy[domain], result.loss[domain] = evaluate(model, test)
-    result.radius_loss = loss_by_radius(model, data)
+    result.radius_loss = loss_by_radius(model, data, draws)
     # Last, because it is one more training step: the optimizer's state exists by now, so what is
     # seen is what the step itself needs.
     step = functools.partial(method.step, batch_loss(model), [data.longest(BATCH)])

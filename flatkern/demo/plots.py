@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flatkern.demo.data import IN_DOMAIN
-from flatkern.demo.experiment import CURVE_SENTENCES, DRAWS, RADII, Run
+from flatkern.demo.experiment import CURVE_SENTENCES, RADII, Run
 from flatkern.demo.report import grouped
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles and markers
@@ -34,7 +34,7 @@ def plot_radius(runs: list[Run], path: Path) -> None:
         axis.set_xlabel(r"noise radius $\sigma$ (length of noise row / weight row)")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("train loss under noise (nats)")
-    _legend(axes[0][0], f"mean ± sd: {_seeds(runs)}, {DRAWS} draws")
+    _legend(axes[0][0], f"mean ± sd: {_seeds(runs)}, draws: {len(runs[0].radius_loss[-1])}")
     _save(figure, path)
 
 

@@ -147,7 +147,6 @@ def config() -> dict[str, object]:
         "batch": experiment.BATCH,
         "optimizer": "AdamW",
         "radii": experiment.RADII,
-        "radius_draws": experiment.DRAWS,
         "split_seed": data.SPLIT_SEED,
     }
 

@@ -115,6 +115,7 @@ def _compare(arguments: argparse.Namespace, start: float) -> int:
                         in_domain=data.IN_DOMAIN,
                         epochs=setting.epochs,
                         seed=seed,
+                        draws=experiment.DRAWS if arguments.full else experiment.QUICK_DRAWS,
                         on_step=bar.update,
                     )
                     runs.append(result)

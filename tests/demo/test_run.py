@@ -83,6 +83,7 @@ def run_arm(top: torch.nn.Module, part: model.Encoded, recipe: Recipe) -> experi
         in_domain="movies",
         epochs=1,
         seed=0,
+        draws=experiment.DRAWS,
         on_step=lambda: None,
     )
 
