@@ -35,7 +35,7 @@ def bytes_of(cell: Cell) -> int:
 
 
 def predicted_us(cell: Cell, device: str) -> str:
-    """The floor of kernels.md section 6: bytes over the rate of a copy."""
+    """The floor: bytes over the rate of a copy."""
     rates = [rate for name, rate in COPY_RATE.items() if name in device]
     return f"{bytes_of(cell) / rates[0] * 1e6:.1f}" if rates else "none"
 
