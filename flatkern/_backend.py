@@ -82,10 +82,17 @@ def _why_unusable(name: str) -> str | None:
     return None
 
 
+def why_too_old(capability: tuple[int, int]) -> str | None:
+    """Why neither CUDA's nor Triton's kernels run on a GPU, or None."""
+    if capability >= (8, 0):
+        return None
+    return "the kernels need a GPU of compute capability 8.0 or higher"
+
+
 def _why_no_code(archs: str, capability: tuple[int, int]) -> str | None:
     """Why code for `archs` (as in TORCH_CUDA_ARCH_LIST) cannot run on a GPU, or None."""
-    if capability < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or higher"
+    if (reason := why_too_old(capability)) is not None:
+        return reason
     for arch in re.split(r"[;\s]+", archs):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if match is None:

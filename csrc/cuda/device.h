@@ -97,6 +97,9 @@ struct UnitWalk {
   }
   FLATKERN_HD bool inside() const { return row < rows; }
   FLATKERN_HD int64_t begin() const { return static_cast<int64_t>(segment) * kUnitCols; }
+  FLATKERN_HD int64_t end(int64_t cols) const {
+    return begin() + kUnitCols < cols ? begin() + kUnitCols : cols;
+  }
   FLATKERN_HD void next() {
     row += row_step;
     segment += segment_step;
@@ -106,6 +109,11 @@ struct UnitWalk {
     }
   }
 };
+
+// The units of the calling warp.
+__device__ __forceinline__ UnitWalk walk_of_warp(const Window& window) {
+  return {window, blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, gridDim.x * kWarpsPerBlock};
+}
 
 struct alignas(16) Bits128 {
   uint32_t w[4];

@@ -9,11 +9,8 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args) {
   const Window& window = args.window;
   const NoiseKey key = load_key(window.key);
   const int lane = threadIdx.x % kWarp;
-  UnitWalk walk(window, blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp,
-                gridDim.x * kWarpsPerBlock);
-  for (; walk.inside(); walk.next()) {
-    const int64_t i = walk.row, begin = walk.begin();
-    const int64_t end = begin + kUnitCols < window.cols ? begin + kUnitCols : window.cols;
+  for (UnitWalk walk = walk_of_warp(window); walk.inside(); walk.next()) {
+    const int64_t i = walk.row, begin = walk.begin(), end = walk.end(window.cols);
     const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
     float* out = static_cast<float*>(args.out) + i * window.cols;
     const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import torch
 
-from flatkern._backend import TRITON_INTERPRETED
+from flatkern._backend import TRITON_INTERPRETED, why_too_old
 
 try:
     import triton
@@ -66,8 +66,8 @@ def why_unusable() -> str | None:
         return "on ROCm flatkern has the reference alone"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (TRITON_INTERPRET=1 interprets on the CPU, for tests)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or higher"
+    if (reason := why_too_old(torch.cuda.get_device_capability())) is not None:
+        return reason
     if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "clang", "gcc") if name):
         return "Triton needs a C compiler at run time, to build its launchers"
     return None
