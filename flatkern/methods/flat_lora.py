@@ -9,7 +9,6 @@ from torch import nn
 from flatkern.methods.base import LossFn, Method
 from flatkern.noise import WeightNoise
 from flatkern.noise.schedules import Schedule
-from flatkern.ops import _check
 
 
 class FlatLoRA(Method):
@@ -34,18 +33,19 @@ class FlatLoRA(Method):
         mode: str = "virtual",
         seed: int = 0,
         ranks: str = "same",
+        **options: Any,
     ) -> None:
         """Take a model with `LoRALinear` layers and the optimizer of its trainable parameters.
 
         Args:
-            model, optimizer: see `Method`.
+            model, optimizer, options: see `Method`.
             sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`.
                 0.05 to 0.15 is the paper's range for sigma; it ramps with `cosine_ramp`.
 
         Raises:
             TypeError, ValueError: see `Method` and `flatkern.WeightNoise`.
         """
-        super().__init__(model, optimizer)
+        super().__init__(model, optimizer, **options)
         self.noise = WeightNoise(
             model,
             sigma,
@@ -72,9 +72,5 @@ class FlatLoRA(Method):
         Raises:
             TypeError, ValueError: not what `state_dict` gives; nothing is changed.
         """
-        _check.kinds("FlatLoRA", dict, state_dict=state_dict)
-        if state_dict.keys() != {"noise"}:
-            raise ValueError(
-                f"FlatLoRA: state_dict must have the key noise, got {sorted(state_dict)}"
-            )
+        super().load_state_dict(state_dict)
         self.noise.load_state_dict(state_dict["noise"])

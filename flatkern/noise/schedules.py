@@ -37,3 +37,11 @@ def _one(step: int) -> float:
 
 def _cosine_ramp(total_steps: int, step: int) -> float:
     return 0.5 * (1.0 - math.cos(math.pi * min(step / total_steps, 1.0)))
+
+
+def factor_at(op: str, schedule: Schedule, step: int) -> float:
+    """What the schedule gives at a step; ValueError unless it is finite and at least 0."""
+    factor = float(schedule(step))
+    if not (math.isfinite(factor) and factor >= 0):
+        raise ValueError(f"{op}: schedule({step}) must be finite and at least 0, got {factor}")
+    return factor
