@@ -16,7 +16,7 @@ class ASAM(Ascent):
     """The gradient at w + e with e = rho T^2 g / ||T g||, T = |w| + eta, g the gradient at w.
 
     Rescaling weights between layers does not change the sharpness that it sees. Source: Kwon et
-    al., "ASAM: adaptive sharpness-aware minimization", 2021, equation 9.
+    al., "ASAM: adaptive sharpness-aware minimization", 2021.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class BAR(Method):
             grow_B = wide_norm(B.grad) >= wide_norm(A.grad)
         else:
             grow_B = wide_norm(B.detach()) < wide_norm(A.detach())
-        signed = torch.where(grow_B, amount, -amount)
+        signed = (2 * grow_B.to(torch.promote_types(A.dtype, torch.float32)) - 1) * amount
         B.detach().mul_(1 + signed)
         A.detach().mul_(1 - signed)
 

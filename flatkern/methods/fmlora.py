@@ -19,7 +19,7 @@ class FMLoRA(Ascent):
 
         H = (X A + B Y) / (2 s),   E = rho / (2 s^2 ||H||) (X + B Y A' (A A')^+).
 
-    Source: "Flat minima LoRA" (FMLoRA, EFMLoRA), 2025; its elementwise sign is left out, which
+    Source: the EFMLoRA paper (first titled "EFlat-LoRA"), 2025, without its elementwise sign, which
     would make every entry of the step non-negative. Costs a second pass and a copy of B.
     """
 
@@ -82,9 +82,7 @@ def _estimate(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     inverse_A = _inverse(gram_A, layer.lora_A)
     X, Y = dB @ inverse_A, _inverse(gram_B, layer.lora_B) @ dA
     YA = Y @ A.t()
-    square = (
-        (X.t() @ X * gram_A).sum() + (Y @ Y.t() * gram_B).sum() + 2 * (B.t() @ X * YA.t()).sum()
-    )
+    square = (X.t() @ X * gram_A).sum() + (Y @ Y.t() * gram_B).sum() + 2 * (B.t() @ X * YA).sum()
     s = layer.scaling
     return (X + B @ YA @ inverse_A) / (2 * s * s), square.clamp_min(0).sqrt() / (2 * s)
 

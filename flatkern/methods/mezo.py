@@ -60,17 +60,14 @@ class MeZO(Method):
             minus = self._loss_at(-self.mu, loss_fn, batches)
         slope = self.scaled((plus - minus) / (2 * self.mu))
         for weight, key in self._keyed():
-            rows = _at_least_1d(weight).shape[0]
-            z = ops.noise(rows, weight.numel() // max(rows, 1), key).view(weight.shape)
+            z = _noise(weight.detach(), key)
             weight.grad = (slope.to(z.device) * z).to(weight.dtype)
         return float((plus + minus) / 2)
 
     def _loss_at(self, distance: float, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
         with kept(self.trainable().values()):
             for weight, key in self._keyed():
-                weight = _at_least_1d(weight.detach())
-                like = {"dtype": torch.float32, "device": weight.device}
-                ops.perturb_(weight, torch.full(weight.shape[:1], distance, **like), key)
+                ops.perturb_(*_operands(weight.detach(), distance), key)
             return self.mean_loss(loss_fn, batches)
 
     def _keyed(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -100,6 +97,15 @@ class MeZO(Method):
         self._seed, self._step = state_dict["seed"], state_dict["step"]
 
 
-def _at_least_1d(weight: Tensor) -> Tensor:
-    """The ops take no tensor without dimensions."""
-    return weight if weight.dim() else weight.view(1)
+def _operands(weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The weight as the ops see it, which take nothing without dimensions, and a row scale."""
+    weight = weight if weight.dim() else weight.view(1)
+    like = {"dtype": torch.float32, "device": weight.device}
+    return weight, torch.full(weight.shape[:1], scale, **like)
+
+
+def _noise(weight: Tensor, key: Tensor) -> Tensor:
+    """z of the weight's shape, from the implementation that perturbs the weight."""
+    wide = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    ops.perturb_(*_operands(wide, 1.0), key)
+    return wide

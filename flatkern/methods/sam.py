@@ -18,9 +18,9 @@ SCOPES = ("trainable", "merged")
 class SAM(Ascent):
     """The gradient at w + e with e = rho g / ||g||, where g is the gradient at w.
 
-    Source: Foret et al., "Sharpness-aware minimization", 2021, equation 2. With scope "merged", g
-    is the gradient of the merged weights W' = W + s B A of all LoRA layers, and A and B take their
-    gradients at W' + e: Li et al., "Flat-LoRA", 2024, section 4.
+    Source: Foret et al., "Sharpness-aware minimization", 2021. With scope "merged", g is the
+    gradient of the merged weights W' = W + s B A of all LoRA layers, and A and B take their
+    gradients at W' + e: the comparison in Li et al., "Flat-LoRA", 2024, table 6.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from method_cases import (
 )
 from torch import nn
 
-from flatkern.methods import LoRA
+from flatkern.methods import BAR, LoRA
 
 
 def test_lora_is_the_usual_loop():
@@ -45,7 +45,7 @@ def test_micro_batches_are_one_batch(case):
     results = []
     for split in (False, True):
         model = make_model(torch.float64)
-        method = case(model, sgd(model))
+        method = case(model, sgd(model, lr=0.01))
         batches = make_batches(4, torch.float64)
         for _ in range(3):
             method.step(loss_fn_of(model), batches if split else [torch.cat(batches)])
@@ -135,7 +135,7 @@ def test_wrong_losses(case, loss, error, text):
     assert_left_clean(model, before)
 
 
-@every_case
+@cases(lambda case: case.backward)
 def test_gradients_that_are_off(case):
     model = make_model()
     method = case(model, sgd(model))
@@ -247,8 +247,8 @@ def test_with_it_it_is_not(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_it_descends_and_frozen_weights_stay(case, dtype):
     model = make_model(dtype)
-    # One direction at a time needs more, smaller steps.
-    steps, lr = (30, 0.1) if case.backward else (300, 0.02)
+    # One random direction at a time needs more and smaller steps.
+    steps, lr = (20, 5e-3) if case.backward else (100, 2e-4)
     method = case(model, sgd(model, lr=lr))
     before = frozen(model)
     batches = make_batches(2, dtype)
@@ -345,15 +345,13 @@ def test_a_step_that_failed_under_a_scaler_can_be_repeated(monkeypatch, case):
     assert not torch.equal(model[0].lora_B, before["0.lora_B"])
 
 
-@every_case
+@cases(lambda case: case.type is not BAR)  # It balances beside the update.
 def test_the_updates_gradient_is_clipped(case):
     model = make_model()
     before = copies(model)
     case(model, sgd(model, lr=1.0), max_grad_norm=1e-3).step(
         lambda batch: 100 * loss_fn_of(model)(batch), make_batches(2)
     )
-    if case.type.__name__ == "BAR":  # Balances beside the update.
-        return
     moved = torch.stack([(p - before[n]).norm() for n, p in model.named_parameters()]).norm()
     # torch divides by norm + 1e-6; the difference of float32 weights near 1 has 6e-8 an element.
     torch.testing.assert_close(moved.item(), 1e-3, rtol=1e-3, atol=0.0)
