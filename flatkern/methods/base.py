@@ -102,6 +102,8 @@ class Method:
             self._unscale_and_update()
         finally:
             self.optimizer.zero_grad()
+            # An autocast around the steps would go on using its casts of the old weights.
+            torch.clear_autocast_cache()
         return loss
 
     def _unscale_and_update(self) -> None:

@@ -12,7 +12,7 @@ from method_cases import (
     trainable,
 )
 
-from flatkern.methods import EFMLoRA, FMLoRA
+from flatkern.methods import EFMLoRA, FMLoRA, fmlora
 
 F64 = torch.float64
 LAYERS = (0, 2)
@@ -128,6 +128,18 @@ def test_a_deficient_adapter_is_projected_as_pinv_does():
     seen, _ = seen_parameters(FMLoRA(model, sgd(model), rho=0.3), model, make_batches(1, F64))
     step = dense_step(before, clean, 0, 0.3)[0]
     torch.testing.assert_close(seen[1]["0.lora_B"] - before["0.lora_B"], step, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 3e-4, 1e-7])
+def test_what_counts_as_deficient_is_what_pinv_says_of_the_factor(ratio):
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.linalg.qr(torch.randn(40, 2, generator=generator, dtype=F64))[0]
+    factor = (factor * torch.tensor([1.0, ratio], dtype=F64)).float()
+    pinv = torch.linalg.pinv(factor).double()
+    got = fmlora._inverse(factor.t().double() @ factor.double(), factor)
+    # Above the cutoff pinv's float32 error is magnified by 1 / ratio.
+    error = (got - pinv @ pinv.t()).norm() / got.norm()
+    assert error < 1e-2
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])

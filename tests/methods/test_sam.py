@@ -1,5 +1,7 @@
 """SAM, ASAM and LoRA-SAM against closed forms and dense autograd in float64."""
 
+import contextlib
+
 import pytest
 import tolerances
 import torch
@@ -245,11 +247,12 @@ def test_sam_under_an_autocast_around_the_step(scope):
         model = make_model()
         method = SAM(model, sgd(model, lr=1e-2), rho=0.5, scope=scope)
 
-        def loss_fn(batch, model=model, around=around):
-            with torch.autocast("cpu", torch.bfloat16, enabled=True):
+        def loss_fn(batch, model=model):
+            with torch.autocast("cpu", torch.bfloat16):
                 return loss_fn_of(model)(batch).float()
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        outer = torch.autocast("cpu", torch.bfloat16) if around else contextlib.nullcontext()
+        with outer:
             results.append([method.step(loss_fn, make_batches(2)) for _ in range(3)])
     assert results[0] == results[1]
 
@@ -266,18 +269,21 @@ def test_a_zero_gradient_moves_nothing(method_type):
 
 
 def test_a_half_precision_step_is_added_wide():
-    # 1000 elements, gradient 1: each moves by rho / sqrt(1000), rounded once to bfloat16.
+    # e, too, is rounded once with the weight, and not by itself before.
+    generator = torch.Generator().manual_seed(0)
     model = nn.Linear(1000, 1, bias=False).to(torch.bfloat16)
-    model.weight.data.fill_(0.125)
+    slope = torch.randn(1, 1000, generator=generator).to(torch.bfloat16)
     seen = []
 
-    def loss_fn(batch):
+    def loss_fn(_):
         seen.append(model.weight.detach().clone())
-        return (model.weight * batch).sum()
+        return (model.weight * slope).sum()
 
-    SAM(model, torch.optim.SGD(model.parameters(), lr=0.0), rho=1.0).step(loss_fn, [1.0])
-    expected = torch.full_like(seen[0], 0.125 + 1000**-0.5)
-    tolerances.assert_same_bits(seen[1], expected)
+    SAM(model, torch.optim.SGD(model.parameters(), lr=0.0), rho=1.0).step(loss_fn, [None])
+    exact = seen[0].double() + slope.double() / slope.double().norm()
+    wrong = seen[1] != exact.to(torch.bfloat16)
+    # float32 sums may fall on the other side of a tie now and then, bfloat16 products a third.
+    assert wrong.double().mean() < 0.01
 
 
 WRONG = [
