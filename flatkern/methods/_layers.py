@@ -55,7 +55,8 @@ class WeightGradient:
         if self._dense is None and tokens * (rows + columns) <= rows * columns:
             return
         x, dy = self._factors()
-        product = dy.t() @ x
+        with _no_autocast(x):
+            product = dy.t() @ x
         self._dense = product if self._dense is None else self._dense + product
         self._x, self._dy = [], []
 
@@ -66,22 +67,28 @@ class WeightGradient:
         if not self._x:
             return torch.zeros((), device=self.layer.weight.device)
         x, dy = self._factors()
-        return ((x @ x.t()) * (dy @ dy.t())).sum().clamp_min(0).sqrt()
+        with _no_autocast(x):
+            return ((x @ x.t()) * (dy @ dy.t())).sum().clamp_min(0).sqrt()
 
     def product(self, x: Tensor) -> Tensor:
         """x G^T for x [..., n]."""
-        if self._dense is not None:
-            return x.to(self._dense.dtype) @ self._dense.t()
-        if not self._x:
-            return x.new_zeros((*x.shape[:-1], self._shape[0]))
-        own, dy = self._factors()
-        return (x.to(own.dtype) @ own.t()) @ dy
+        with _no_autocast(x):
+            if self._dense is not None:
+                return x.to(self._dense.dtype) @ self._dense.t()
+            if not self._x:
+                return x.new_zeros((*x.shape[:-1], self._shape[0]))
+            own, dy = self._factors()
+            return (x.to(own.dtype) @ own.t()) @ dy
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """All tokens, in float32 or wider."""
         x, dy = torch.cat(self._x), torch.cat(self._dy)
         wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
         return x.to(wide), dy.to(wide)
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 @contextlib.contextmanager
@@ -104,8 +111,7 @@ def adding(gradients: dict[WeightGradient, Tensor]) -> Iterator[None]:
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         gradient, factor = by_layer[layer]
-        with torch.autocast(output.device.type, enabled=False):
-            return (output + factor * gradient.product(inputs[0])).to(output.dtype)
+        return (output + factor * gradient.product(inputs[0])).to(output.dtype)
 
     with _forward_hooks(by_layer, add):
         yield
