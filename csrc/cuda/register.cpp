@@ -40,15 +40,15 @@ struct Backend {
   static void noise(const at::Tensor& out, const NoiseArgs& args) {
     launch(out, launch_noise, args);
   }
-  static void perturb(const at::Tensor& out, const PerturbArgs& args) {
-    launch(out, launch_perturb, args);
+  static void perturb(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
+    launch(out, launch_perturb, tensors);
   }
-  static void restore(const at::Tensor& out, const PerturbArgs& args) {
-    launch(out, launch_restore, args);
+  static void restore(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
+    launch(out, launch_restore, tensors);
   }
-  static void row_norm(const at::Tensor& norm, RowNormArgs args) {
-    args.relative_scale = 1.0f;
-    launch(norm, launch_row_norm, args);
+  static void row_norm(const at::Tensor& norm, std::vector<RowNormArgs> tensors) {
+    for (RowNormArgs& args : tensors) args.relative_scale = 1.0f;
+    launch(norm, launch_row_norm, tensors);
   }
   static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb,
                              RowNormArgs row_norm, float relative_scale) {
