@@ -205,6 +205,7 @@ class LoRALinear(nn.Module):
             self.scaling,
             window.row_scale,
             window.key,
+            elementwise=window.elementwise,
             compute_dtype=dtype,
             backend=window.backend,
         )

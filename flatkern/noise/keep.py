@@ -1,7 +1,7 @@
 """How the clean bits of a weight are kept while noise is written in it."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Kept(NamedTuple):
     key: Tensor
     # The row scale of a window with the largest noise.
     largest_scale: Callable[[], Tensor]
+    # The same for all that are done in one call.
+    elementwise: bool
 
 
 class Keeper(Protocol):
@@ -46,7 +48,7 @@ class Keeper(Protocol):
     def restore(kept: list[Kept]) -> None:
         """Bring back the clean bits, in the reverse order; nothing is done where they are there."""
 
-    def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
+    def clean(self, one: Kept) -> Tensor:
         """A copy of the clean weight."""
 
     def nbytes(self) -> int:
@@ -86,16 +88,16 @@ class Snapshot:
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise."""
-        ops.foreach_perturb_(*_operands(kept))
+        ops.foreach_perturb_(*_operands(kept), elementwise=kept[0].elementwise)
 
     @staticmethod
     def restore(kept: list[Kept]) -> None:
         """Copy back."""
         torch._foreach_copy_([one.weight for one in kept], [one.keeper._copy for one in kept])
 
-    def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
+    def clean(self, one: Kept) -> Tensor:
         """A copy of the copy; the module may have been cast or moved inside the window."""
-        return self._copy.to(weight.device, weight.dtype, copy=True)
+        return self._copy.to(one.weight.device, one.weight.dtype, copy=True)
 
     def nbytes(self) -> int:
         """The weight's size, once a window was open."""
@@ -125,14 +127,15 @@ class Residual:
             return
         with torch.inference_mode(False):
             counter = ops.new_residual(weight, 0)
-            ops.perturb_(weight, one.largest_scale(), one.key, residual=counter)
+            options = {"residual": counter, "elementwise": one.elementwise}
+            ops.perturb_(weight, one.largest_scale(), one.key, **options)
             self._residual = ops.new_residual(weight, int(pool_need(counter)[0] * _SPARE))
         self._like = like
 
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
-        ops.foreach_perturb_(*_operands(kept), residuals=_residuals(kept))
+        ops.foreach_perturb_(*_operands(kept), **_options(kept))
         needs = [pool_need(residual) for residual in _residuals(kept)]
         if not any(left_out for _, left_out in needs):
             return
@@ -141,7 +144,7 @@ class Residual:
             if left_out:
                 with torch.inference_mode(False):
                     one.keeper._residual = ops.new_residual(one.weight, int(need * _SPARE))
-        ops.foreach_perturb_(*_operands(kept), residuals=_residuals(kept))
+        ops.foreach_perturb_(*_operands(kept), **_options(kept))
         for residual in _residuals(kept):
             ops.check_residual(residual)
 
@@ -150,13 +153,14 @@ class Residual:
         """Decode in place."""
         filled = [one for one in reversed(kept) if is_filled(one.keeper._residual)]
         if filled:
-            ops.foreach_restore_(*_operands(filled), residuals=_residuals(filled))
+            ops.foreach_restore_(*_operands(filled), **_options(filled))
 
-    def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
+    def clean(self, one: Kept) -> Tensor:
         """Decode a copy."""
-        copy, residual = weight.clone(), self._residual.clone()
+        copy, residual = one.weight.clone(), self._residual.clone()
         if is_filled(residual):
-            ops.restore_(copy, row_scale, key, residual=residual)
+            options = {"residual": residual, "elementwise": one.elementwise}
+            ops.restore_(copy, one.row_scale, one.key, **options)
         return copy
 
     def nbytes(self) -> int:
@@ -167,6 +171,10 @@ class Residual:
 def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Weights, row scales and keys."""
     return [one.weight for one in kept], [one.row_scale for one in kept], [one.key for one in kept]
+
+
+def _options(kept: list[Kept]) -> dict[str, Any]:
+    return {"elementwise": kept[0].elementwise, "residuals": _residuals(kept)}
 
 
 def _residuals(kept: list[Kept]) -> list[Tensor]:

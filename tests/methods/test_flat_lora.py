@@ -204,7 +204,7 @@ WRONG = [
     ({"sigma": -1.0}, ValueError),
     ({"sigma": math.nan}, ValueError),
     ({"strategy": "fisher"}, ValueError),
-    ({"scope": "all"}, ValueError),
+    ({"scope": "base"}, ValueError),
     ({"mode": "fused"}, ValueError),
     ({"seed": -1}, ValueError),
     ({"schedule": "cosine"}, TypeError),
