@@ -137,15 +137,18 @@ class Residual:
         """Write the noise; where a pool is too small, once more with a larger one."""
         ops.foreach_perturb_(*_operands(kept), **_options(kept))
         needs = [pool_need(residual) for residual in _residuals(kept)]
-        if not any(left_out for _, left_out in needs):
+        first = next((i for i, (_, left_out) in enumerate(needs) if left_out), len(kept))
+        # Those behind the first as well: they may overlap it.
+        again = kept[first:]
+        if not again:
             return
-        Residual.restore(kept)
-        for one, (need, left_out) in zip(kept, needs, strict=True):
+        Residual.restore(again)
+        for one, (need, left_out) in zip(again, needs[first:], strict=True):
             if left_out:
                 with torch.inference_mode(False):
                     one.keeper._residual = ops.new_residual(one.weight, int(need * _SPARE))
-        ops.foreach_perturb_(*_operands(kept), **_options(kept))
-        for residual in _residuals(kept):
+        ops.foreach_perturb_(*_operands(again), **_options(again))
+        for residual in _residuals(again):
             ops.check_residual(residual)
 
     @staticmethod

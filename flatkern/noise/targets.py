@@ -244,7 +244,7 @@ def hide(targets: list[Target]) -> None:
     for target in targets:
         target.noisy = False
     perturbed = [target for target in targets if target.perturbed]
-    for (backend, keeper, _), group in _grouped(perturbed, _kind):
+    for (backend, keeper, _), group in reversed(_grouped(perturbed, _kind)):
         with _backend.backend(backend):
             keeper.restore([target.kept() for target in group])
     for target in perturbed:

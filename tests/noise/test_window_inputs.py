@@ -76,8 +76,8 @@ WRONG = [
 
 
 ACCEPTED = {
-    "strategy": "'gaussian' or 'row' or 'flat_lora'",
-    "scope": "'merged'",
+    "strategy": "'gaussian' or 'matrix' or 'element' or 'row' or 'flat_lora' or 'fisher'",
+    "scope": "'merged' or 'origin' or 'lora' or 'full' or 'all' or 'trainable'",
     "mode": "'virtual' or 'inplace'",
     "restore": "'residual' or 'snapshot' or 'host'",
     "ranks": "'same' or 'independent'",
