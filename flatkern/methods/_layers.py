@@ -80,11 +80,27 @@ class WeightGradient:
             own, dy = self._factors()
             return (x.to(own.dtype) @ own.t()) @ dy
 
+    def row_squares(self) -> Tensor:
+        """sum_j G_ij^2 of every row, [m]."""
+        if self._dense is not None:
+            return row_squares(self._dense)
+        if not self._x:
+            return torch.zeros(self._shape[0], device=self.layer.weight.device)
+        x, dy = self._factors()
+        with _no_autocast(x):
+            return ((x @ x.t() @ dy) * dy).sum(0).clamp_min(0)
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         """All tokens, in float32 or wider."""
         x, dy = torch.cat(self._x), torch.cat(self._dy)
         wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
         return x.to(wide), dy.to(wide)
+
+
+def row_squares(gradient: Tensor) -> Tensor:
+    """The sum of squares over each row of dim0 x rest, float32 or wider."""
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return wide.reshape(wide.shape[0] if wide.dim() else 1, -1).square().sum(1)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -145,16 +145,20 @@ class Method:
         """Add `weight` times the mean gradient over `batches` to `.grad`; return the mean loss."""
         total = 0.0
         for batch in batches:
-            loss = self.loss(loss_fn, batch)
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    f"{type(self).__name__}: loss_fn's loss has no gradient: it depends on no "
-                    "trainable parameter, was detached, or gradients are off"
-                )
-            self.scaled(loss / len(batches) * weight).backward()
-            total = total + _wide(loss)
+            total = total + self.add_gradient(loss_fn, batch, len(batches), weight)
         # Added on the device: one synchronisation per step.
         return float(total) / len(batches)
+
+    def add_gradient(self, loss_fn: LossFn, batch: Any, count: int, weight: float = 1.0) -> Tensor:
+        """Add `weight` / `count` times a batch's gradient to `.grad`; return its loss, wide."""
+        loss = self.loss(loss_fn, batch)
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: loss_fn's loss has no gradient: it depends on no "
+                "trainable parameter, was detached, or gradients are off"
+            )
+        self.scaled(loss / count * weight).backward()
+        return _wide(loss)
 
     def mean_loss(self, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
         """The mean loss over `batches`, without gradients."""

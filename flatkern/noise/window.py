@@ -229,6 +229,11 @@ class WeightNoise:
             raise
 
     @property
+    def names(self) -> list[str]:
+        """The names of the weights in scope."""
+        return [target.name for target in self._targets]
+
+    @property
     def active(self) -> bool:
         """Whether a window is open, paused or not."""
         return self._open is not None

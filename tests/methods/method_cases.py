@@ -48,6 +48,13 @@ CASES = [
     Case(methods.FMLoRA, quiet={"rho": 0.0}),
     Case(methods.FMLoRA, {"norm": "joint"}, {"rho": 0.0}),
     Case(methods.EFMLoRA, quiet={"rho": 0.0}),
+    Case(methods.RWP, {"sigma": 0.1}, {"sigma": 0.0}),
+    Case(methods.RWP, {"sigma": 0.1, "scope": "full", "strategy": "element"}, {"sigma": 0.0}),
+    Case(methods.LPFSGD, {"sigma": 0.1}, {"sigma": 0.0}, splits=False),
+    Case(methods.MixedRWP, {"sigma": 0.1, "split": "last"}, {"lam": 0.0}, splits=False),
+    Case(methods.MixedRWP, {"strategy": "fisher", "sigma": 0.1, "lam": 1.0}, splits=False),
+    Case(methods.ARWP, {"sigma": 0.1}, {"sigma": 0.0}),
+    Case(methods.ARWP, {"sigma": 0.1, "scope": "merged"}, {"sigma": 0.0}),
     Case(methods.MeZO, {"mu": 0.01}, backward=False),
 ]
 
