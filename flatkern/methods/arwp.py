@@ -41,8 +41,8 @@ class ARWP(Windowed):
 
         Args:
             model, optimizer, options: see `Method`.
-            sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`; there is
-                no strategy but "fisher".
+            sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`; no
+                strategy but "fisher" is accepted.
             eta, beta: see `flatkern.Fisher`.
 
         Raises:

@@ -56,6 +56,7 @@ class MixedRWP(Windowed):
             TypeError, ValueError: see `Method`, `flatkern.WeightNoise` and `flatkern.Fisher`; a
                 weight out of range; "fisher" with a scope of frozen weights outside LoRALinear.
         """
+        fisher = Fisher(eta, beta)
         super().__init__(
             model,
             optimizer,
@@ -66,7 +67,7 @@ class MixedRWP(Windowed):
             mode=mode,
             seed=seed,
             ranks=ranks,
-            fisher=Fisher(eta, beta) if strategy == "fisher" else None,
+            fisher=fisher if strategy == "fisher" else None,
             **options,
         )
         _check.kinds("MixedRWP", (float, int), lam=lam)

@@ -30,7 +30,7 @@ def matrix(
 ) -> list[Tensor]:
     """c_i = sigma ||W'||, Frobenius."""
     norms = ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings)
-    return [(norm.norm() * sigma).expand_as(norm) for norm in norms]
+    return [(norm.norm() * sigma).repeat(norm.shape[0]) for norm in norms]
 
 
 def row(
