@@ -113,13 +113,14 @@ def test_every_scope_and_strategy(scope, strategy, restore):
 
 
 @pytest.mark.parametrize("scope", ["origin", "full", "all"])
+@pytest.mark.parametrize("strategy", ["flat_lora", "element"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_modes_agree(scope, dtype):
+def test_the_modes_agree(scope, strategy, dtype):
     losses = []
     for mode in ("virtual", "inplace"):
         model = Model(dtype)
         before = clean_weights(model)
-        noise = flatkern.WeightNoise(model, 0.2, scope=scope, mode=mode)
+        noise = flatkern.WeightNoise(model, 0.2, strategy=strategy, scope=scope, mode=mode)
         with noise.window():
             loss = model(torch.arange(4)).double().square().sum()
             loss.backward()
