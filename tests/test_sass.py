@@ -27,11 +27,18 @@ EXTENSION = flatkern.build_info()["extension"]
 # oldest and the newest torch, rounded up: the noise alone is 17 of them.
 CUDA_CEILINGS = {
     "noise_kernel<true>": 18.5,
-    "perturb": 21.0,
-    "perturb elementwise": 22.0,
-    "restore": 21.0,
+    "perturb": 19.5,
+    "perturb elementwise": 20.5,
+    "restore": 19.0,
     # Divides.
-    "restore elementwise": 36.0,
+    "restore elementwise": 33.5,
+}
+# Where one instruction multiplies two floats, or adds a half to a float.
+CUDA_CEILINGS_SM_100 = {
+    "perturb": 17.0,
+    "perturb elementwise": 19.5,
+    "restore": 17.0,
+    "restore elementwise": 32.0,
 }
 TRITON_CEILINGS = {
     "noise": 24.0,
@@ -121,7 +128,11 @@ def test_cuda_elementwise(cuda_reports):
     # Nine pairs of dtypes perturb, three dtypes restore, both with and without elementwise.
     assert len(vectors) == 24 * len(archs)
     for report in vectors:
-        assert_streams(report, CUDA_CEILINGS[cuda_form(report)])
+        form = cuda_form(report)
+        ceilings = CUDA_CEILINGS if report.arch < 100 else CUDA_CEILINGS_SM_100
+        # The pass that matters most: a 16-bit weight, in place.
+        in_place = form == "perturb" and report.kernel.count("Float16, ") == 2
+        assert_streams(report, min(ceilings[form], 19.0) if in_place else ceilings[form])
         assert_no_spills(report)
 
 

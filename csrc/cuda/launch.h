@@ -11,7 +11,7 @@ constexpr int kVector = 8;
 // Columns that a warp covers at once.
 constexpr int kWarpCols = kWarp * kVector;
 // Elementwise kernels: a warp's work unit is a row's next kUnitCols columns. Longer units amortise
-// the row's hoisted rounds, shorter ones balance; 16 steps also fit the mask of skipped steps.
+// the row's hoisted rounds, shorter ones balance.
 constexpr int kUnitSteps = 16;
 constexpr int64_t kUnitCols = static_cast<int64_t>(kUnitSteps) * kWarpCols;
 constexpr int kThreads = 256;
