@@ -9,11 +9,30 @@
 #include <cmath>
 #include <optional>
 
-#include "numeric.h"
+#include "residual.h"
 
 namespace flatkern {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Where a residual's parts lie.
+struct ResidualParts {
+  ResidualHeader* header;
+  uint32_t *directory, *pool;
+  uint64_t capacity;  // words
+};
+
+inline ResidualParts parts_of(const at::Tensor& residual, const Chunks& chunks) {
+  const int64_t pool = kResidualHeader + chunks.directory_bytes();
+  auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
+  TORCH_CHECK(residual.scalar_type() == at::kByte && residual.is_contiguous() &&
+                  residual.numel() >= pool && reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
+              "flatkern: residual must be aligned uint8 of the weight's size or more");
+  return {reinterpret_cast<ResidualHeader*>(bytes),
+          reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
+          reinterpret_cast<uint32_t*>(bytes + pool),
+          static_cast<uint64_t>(residual.numel() - pool) / 4};
+}
 
 template <class Backend>
 struct Ops {
@@ -120,23 +139,22 @@ struct Ops {
     return out;
   }
 
-  static void check_no_residual(const OptionalTensor& residual) {
-    TORCH_CHECK(!residual.has_value(), Backend::kName, ": residual must be None");
+  static void check_device(const at::Tensor& residual, const at::Tensor& weight) {
+    TORCH_CHECK(residual.device() == weight.device(), Backend::kName,
+                ": residual must be on the weight's device");
   }
 
   static void perturb_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
                        bool elementwise, const OptionalTensor& residual, int64_t row_offset,
                        int64_t col_offset) {
-    if constexpr (Backend::kHasResidual) {
-      if (residual.has_value()) {
-        const at::Tensor words = words_of(key);
-        return Backend::perturb_residual(
-            perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset),
-            *residual);
-      }
+    if (!residual.has_value()) {
+      return perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, weight);
     }
-    check_no_residual(residual);
-    perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, weight);
+    check_device(*residual, weight);
+    const at::Tensor words = words_of(key);
+    Backend::perturb_residual(
+        perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset),
+        *residual);
   }
 
   static void restore_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
@@ -145,11 +163,9 @@ struct Ops {
     const at::Tensor words = words_of(key);
     const PerturbArgs args =
         perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset);
-    if constexpr (Backend::kHasResidual) {
-      if (residual.has_value()) return Backend::restore_residual(args, *residual);
-    }
-    check_no_residual(residual);
-    Backend::restore(weight, args);
+    if (!residual.has_value()) return Backend::restore(weight, args);
+    check_device(*residual, weight);
+    Backend::restore_residual(args, *residual);
   }
 
   // The adapters as the row norm reads them: float32, B times scaling, A padded with zeros and
@@ -208,7 +224,7 @@ struct Ops {
                                     const at::Tensor& key, bool elementwise,
                                     const OptionalTensor& residual, int64_t row_offset) {
     // With a residual, flatkern/ops runs row_norm and perturb_.
-    check_no_residual(residual);
+    TORCH_CHECK(!residual.has_value(), Backend::kName, ": residual must be None");
     const at::Tensor words = words_of(key);
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
     at::Tensor row_scale = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));

@@ -33,28 +33,17 @@ void for_blocks(const Args& args, void (*run)(const Args&, int64_t, int64_t)) {
 std::pair<uint64_t, uint32_t> run_residual(const PerturbArgs& perturb, const at::Tensor& residual,
                                            void (*run)(const ResidualArgs&, int64_t, int64_t)) {
   const Chunks chunks{perturb.window.rows, perturb.window.cols};
-  const int64_t pool = kResidualHeader + chunks.directory_bytes();
-  auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
-  TORCH_CHECK(residual.device().is_cpu() && residual.scalar_type() == at::kByte &&
-                  residual.is_contiguous() && residual.numel() >= pool &&
-                  reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
-              "flatkern_cpu: residual must be aligned uint8 of the weight's size or more");
+  const ResidualParts parts = parts_of(residual, chunks);
   std::atomic<uint64_t> asked{0};
   std::atomic<uint32_t> left_out{0};
-  const ResidualArgs args{perturb,
-                          chunks,
-                          reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
-                          reinterpret_cast<uint32_t*>(bytes + pool),
-                          static_cast<uint64_t>(residual.numel() - pool) / 4,
-                          &asked,
-                          &left_out};
+  const ResidualArgs args{perturb,        chunks, parts.directory, parts.pool,
+                          parts.capacity, &asked, &left_out};
   parallel_for(chunks.count(), kChunk, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {asked.load(), left_out.load()};
 }
 
-template <class T>
-void set_counter(const at::Tensor& residual, int64_t offset, T value) {
-  memcpy(static_cast<uint8_t*>(residual.mutable_data_ptr()) + offset, &value, sizeof value);
+ResidualHeader& header_of(const at::Tensor& residual) {
+  return *static_cast<ResidualHeader*>(residual.mutable_data_ptr());
 }
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
@@ -66,7 +55,6 @@ struct Backend {
   static constexpr const char* kName = "flatkern_cpu";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
   static constexpr int64_t kAdapterColumns = kNormLanes;
-  static constexpr bool kHasResidual = true;
 
   static NoiseKey key_of(const int64_t* words) {
     return {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]),
@@ -84,12 +72,12 @@ struct Backend {
   }
   static void perturb_residual(const PerturbArgs& args, const at::Tensor& residual) {
     const auto [asked, left_out] = run_residual(args, residual, kernels().perturb_residual);
-    set_counter(residual, kResidualAsked, asked);
-    set_counter(residual, kResidualClean, left_out);
+    header_of(residual).asked = asked;
+    header_of(residual).clean = left_out;
   }
   static void restore_residual(const PerturbArgs& args, const at::Tensor& residual) {
-    const auto [asked, left_out] = run_residual(args, residual, kernels().restore_residual);
-    set_counter(residual, kResidualMismatched, left_out);
+    header_of(residual).mismatched =
+        run_residual(args, residual, kernels().restore_residual).second;
   }
   static void row_norm(const at::Tensor&, const RowNormArgs& args) {
     parallel_for(args.rows, args.cols * (1 + args.rank),
