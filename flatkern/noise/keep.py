@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flatkern import ops
+from flatkern.ops._residual import FILLED, Header, in_kernels, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
 # Times the pool that a window was measured to need.
@@ -16,7 +17,9 @@ _SPARE = 1.1
 class Keeper(Protocol):
     """Keeps one weight's clean bits, from `prepare` to `restore`, window after window.
 
-    Every method may be interrupted and called again.
+    Every method may be interrupted and called again. CUDA kernels leave what they refused in the
+    residual's header: `read_outcomes` reads those of all weights with one copy, for
+    `confirm_perturbed` and `confirm_restored`.
     """
 
     # Whether `restore` also serves a weight that was cast or moved since.
@@ -28,8 +31,16 @@ class Keeper(Protocol):
     def perturb(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
         """Write the noise."""
 
+    def confirm_perturbed(
+        self, outcome: Header | None, weight: Tensor, row_scale: Tensor, key: Tensor
+    ) -> None:
+        """Raise, or perturb once more, unless all noise was written."""
+
     def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
         """Bring back the clean bits; does nothing if they are there."""
+
+    def confirm_restored(self, outcome: Header | None) -> None:
+        """Raise unless the clean bits are there."""
 
     def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
         """A copy of the clean weight."""
@@ -69,9 +80,17 @@ class Snapshot:
         """Write the noise."""
         ops.perturb_(weight, row_scale, key)
 
+    def confirm_perturbed(
+        self, outcome: Header | None, weight: Tensor, row_scale: Tensor, key: Tensor
+    ) -> None:
+        """Nothing can be refused."""
+
     def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
         """Copy back."""
         weight.copy_(self._copy)
+
+    def confirm_restored(self, outcome: Header | None) -> None:
+        """Nothing can be refused."""
 
     def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
         """A copy of the copy; the module may have been cast or moved inside the window."""
@@ -93,31 +112,52 @@ class Residual:
         self._like: tuple | None = None
 
     def prepare(self, weight: Tensor, largest_scale: Callable[[], Tensor], key: Tensor) -> None:
-        """Size the pool by a perturbation without one, which counts and writes no weight."""
+        """Size the pool by a perturbation without one, which counts and writes no weight.
+
+        A CUDA graph that is being captured cannot count or grow: it takes the worst case.
+        """
+        capturing = _is_capturing(weight)
         like = (weight.shape, weight.dtype, weight.device)
-        if self._like == like:
+        if self._like in ((*like, capturing), (*like, True)):
             return
         with torch.inference_mode(False):
-            counter = ops.new_residual(weight, 0)
-            ops.perturb_(weight, largest_scale(), key, residual=counter)
-            self._residual = ops.new_residual(weight, int(pool_need(counter)[0] * _SPARE))
-        self._like = like
+            pool_bytes = None
+            if not capturing:
+                counter = ops.new_residual(weight, 0)
+                ops.perturb_(weight, largest_scale(), key, residual=counter)
+                pool_bytes = int(pool_need(counter)[0] * _SPARE)
+            self._residual = ops.new_residual(weight, pool_bytes)
+        self._like = (*like, capturing)
 
     def perturb(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
-        """Write the noise; where the pool is too small, once more with a larger one."""
+        """Write the noise."""
         ops.perturb_(weight, row_scale, key, residual=self._residual)
-        need, left_out = pool_need(self._residual)
-        if left_out:
-            ops.restore_(weight, row_scale, key, residual=self._residual)
-            with torch.inference_mode(False):
-                self._residual = ops.new_residual(weight, int(need * _SPARE))
-            ops.perturb_(weight, row_scale, key, residual=self._residual)
-            ops.check_residual(self._residual)
+
+    def confirm_perturbed(
+        self, outcome: Header | None, weight: Tensor, row_scale: Tensor, key: Tensor
+    ) -> None:
+        """Where the pool was too small, perturb once more with a larger one."""
+        if outcome is None:
+            return
+        if not outcome.clean:
+            raise_for("perturb_", outcome)
+            return
+        ops.restore_(weight, row_scale, key, residual=self._residual)
+        with torch.inference_mode(False):
+            self._residual = ops.new_residual(weight, int(4 * outcome.asked * _SPARE))
+        ops.perturb_(weight, row_scale, key, residual=self._residual)
+        ops.check_residual(self._residual)
 
     def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
         """Decode in place."""
-        if is_filled(self._residual):
+        # CUDA kernels see by themselves that nothing is left to do: no copy to the host.
+        if in_kernels(weight) or is_filled(self._residual):
             ops.restore_(weight, row_scale, key, residual=self._residual)
+
+    def confirm_restored(self, outcome: Header | None) -> None:
+        """Empty, if only because an interrupted close had come as far."""
+        if outcome is not None and outcome.state == FILLED:
+            raise_for("restore_", outcome)
 
     def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
         """Decode a copy."""
@@ -129,6 +169,28 @@ class Residual:
     def nbytes(self) -> int:
         """Header, directory and pool, once a window was open."""
         return 0 if self._residual is None else self._residual.nbytes
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def read_outcomes(keepers: list[Keeper]) -> list[Header | None]:
+    """What became of the last calls: one copy to the host for each device, all keepers together.
+
+    None for a snapshot, and for everything while a CUDA graph is captured.
+    """
+    outcomes: list[Header | None] = [None] * len(keepers)
+    places: dict[torch.device, list[int]] = {}
+    for place, keeper in enumerate(keepers):
+        residual = keeper._residual if isinstance(keeper, Residual) else None
+        if residual is not None and not _is_capturing(residual):
+            places.setdefault(residual.device, []).append(place)
+    for here in places.values():
+        headers = read_all([keepers[place]._residual for place in here])
+        for place, header in zip(here, headers, strict=True):
+            outcomes[place] = header
+    return outcomes
 
 
 def keeper_of(restore: str | None, weight: Tensor, before: Keeper | None = None) -> Keeper:

@@ -9,9 +9,10 @@ from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
 from flatkern.nn import LoRALinear
-from flatkern.noise.keep import Keeper, keeper_of
+from flatkern.noise.keep import Keeper, keeper_of, read_outcomes
 from flatkern.noise.strategies import Strategy
 from flatkern.ops._library import bump_version
+from flatkern.ops._residual import Header
 
 
 @dataclass(eq=False)
@@ -82,20 +83,18 @@ class Target:
         elif not self.perturbed:
             self._perturb()
 
-    def hide(self) -> None:
-        """Let the layers see the clean weight: the exact bits."""
-        self.noisy = False
-        if self.perturbed:
-            self._restore()
-
     def leave(self) -> None:
         """Belong to no window; from here on a backward through this one raises."""
-        self.hide()
         if self.key is not None:
             bump_version(self.key)
         for layer in self.layers:
             if layer._window is self:
                 layer._window = None
+
+    def confirm_perturbed(self, outcome: Header | None) -> None:
+        """Raise unless all of the noise is in the weight."""
+        with _backend.backend(self.backend):
+            self.keeper.confirm_perturbed(outcome, self.weight, self.row_scale, self.key)
 
     def _perturb(self) -> None:
         with _backend.backend(self.backend):
@@ -112,9 +111,14 @@ class Target:
         with _backend.backend(self.backend):
             self.keeper.perturb(self.weight, self.row_scale, self.key)
 
-    def _restore(self) -> None:
+    def take_back(self) -> None:
+        """Take the noise out of the weight; `settle` follows."""
         with _backend.backend(self.backend):
             self.keeper.restore(self.weight, self.row_scale, self.key)
+
+    def settle(self, outcome: Header | None) -> None:
+        """Let go of the weight, if its clean bits are there."""
+        self.keeper.confirm_restored(outcome)
         for layer in self.layers:
             # A layer whose input needs no gradient saves no weight but adapters: without this, a
             # late backward would go through unnoticed.
@@ -170,6 +174,42 @@ class _Guard:
                 f"WeightNoise: {action} while in-place noise is written in {name}; "
                 f"{hint}close the window or use paused() (state_dict() is clean at any time)"
             )
+
+
+def show(targets: list[Target], mode: str) -> None:
+    """Let the layers see the noise; one read tells whether it was written."""
+    for target in targets:
+        target.show(mode)
+    perturbed = [target for target in targets if target.perturbed]
+    outcomes = read_outcomes([target.keeper for target in perturbed])
+    for target, outcome in zip(perturbed, outcomes, strict=True):
+        target.confirm_perturbed(outcome)
+
+
+def hide(targets: list[Target]) -> Exception | None:
+    """Let the layers see the clean weights, to the exact bit; one read tells whether they do.
+
+    Returns:
+        an error, of a target that is still `perturbed`: the others are restored all the same.
+    """
+    failure = None
+    restored = []
+    # Backwards, so that weights which overlap in memory come out right as well.
+    for target in reversed(targets):
+        target.noisy = False
+        if target.perturbed:
+            try:
+                target.take_back()
+                restored.append(target)
+            except Exception as error:
+                failure = error
+    outcomes = read_outcomes([target.keeper for target in restored])
+    for target, outcome in zip(restored, outcomes, strict=True):
+        try:
+            target.settle(outcome)
+        except Exception as error:
+            failure = error
+    return failure
 
 
 def collect(model: nn.Module) -> list[Target]:

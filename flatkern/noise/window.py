@@ -13,7 +13,7 @@ from flatkern import _backend
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.schedules import Schedule, constant
 from flatkern.noise.strategies import STRATEGIES
-from flatkern.noise.targets import allocate, collect, fits, summarise
+from flatkern.noise.targets import allocate, collect, fits, hide, show, summarise
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
@@ -200,8 +200,9 @@ class WeightNoise:
             return
         window.paused = True
         try:
-            for target in self._targets:
-                target.hide()
+            failure = hide(self._targets)
+            if failure is not None:
+                raise failure
             yield
         finally:
             if self._open is window:
@@ -289,20 +290,16 @@ class WeightNoise:
             target.scale(self._strategy, sigma_t, max(sigma_t, self._sigma))
 
     def _show(self) -> None:
-        for target in self._targets:
-            target.show(self._mode)
+        show(self._targets, self._mode)
 
     def _end(self) -> None:
         """End the window; where it is interrupted, calling it again continues."""
         if self._open is None:
             return
-        failure = None
-        # Backwards, so that weights which overlap in memory come out right as well.
-        for target in reversed(self._targets):
-            try:
+        failure = hide(self._targets)
+        for target in self._targets:
+            if not target.perturbed:
                 target.leave()
-            except Exception as error:  # the other weights must be restored all the same
-                failure = error
         if failure is not None:
             raise failure
         self._open = None

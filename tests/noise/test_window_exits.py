@@ -151,14 +151,14 @@ def test_a_layer_that_cannot_be_restored_does_not_keep_the_others(monkeypatch, m
     before = clean_weights(model)
     noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
     noise.open()
-    restore = targets.Target._restore
+    restore = targets.Target.take_back
 
     def fail(target):
         if target.name == "3.weight":
             raise RuntimeError("no device")
         restore(target)
 
-    monkeypatch.setattr(targets.Target, "_restore", fail)
+    monkeypatch.setattr(targets.Target, "take_back", fail)
     with pytest.raises(RuntimeError, match="no device"):
         noise.close()
     tolerances.assert_same_bits(model[1].weight, before["1.weight"])
