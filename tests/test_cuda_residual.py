@@ -344,7 +344,8 @@ def test_a_damaged_residual_never_writes_outside(library, dtype, word):
         word = len(content.payloads[0]) - (2 if dtype == torch.float32 else 1)
     else:
         window.residual[132:136].view(torch.int32).fill_(-2 if word else -1)
-    if word != 2 or dtype == torch.float32:
+    # The fields themselves, from word 2 on, are not checked.
+    if word != 2:
         pool[word] = -1
     window.restore()
     with pytest.raises(RuntimeError, match="differ"):

@@ -89,12 +89,14 @@ template <class T, bool Elementwise, bool Vector>
 __global__ void __launch_bounds__(kChunkThreads) perturb_residual_kernel(ResidualArgs args) {
   // float32 has no bits to spare for elementwise noise: raw.
   constexpr bool kPacks = !(Elementwise && sizeof(T) == 4);
-  __shared__ uint32_t stream[kStreamRoom];
+  __shared__ alignas(16) uint32_t stream[kStreamRoom];
   __shared__ uint32_t totals[kChunkWarps], checks[kChunkWarps], others[kChunkWarps];
   __shared__ uint32_t place;
   __shared__ Staged<Vector> staged;
   if (args.header->refused != 0) return;
-  for (uint32_t i = threadIdx.x; i < kStreamRoom; i += kChunkThreads) stream[i] = 0;
+  static_assert(kStreamRoom == 4 * (kChunkThreads + 1));
+  reinterpret_cast<Bits128*>(stream)[threadIdx.x] = {};
+  if (threadIdx.x == 0) reinterpret_cast<Bits128*>(stream)[kChunkThreads] = {};
 
   const ChunkSpan span = args.chunks.span(blockIdx.x);
   const Tile<T, Vector> tile(args.perturb, span, &staged);

@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kBeginThreads)
   now.dtype = static_cast<uint8_t>(perturb.weight_dtype);
   now.elementwise = perturb.elementwise;
   now.rows = static_cast<uint64_t>(window.rows);
-  now.cols = static_cast<uint64_t>(window.cols);
+  // A weight without rows has no columns either: _residual.layout_of.
+  now.cols = window.rows == 0 ? 0 : static_cast<uint64_t>(window.cols);
   now.row_offset = window.row_offset;
   now.col_offset = window.col_offset;
   now.seed = key.seed;

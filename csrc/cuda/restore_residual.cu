@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(kChunkThreads) restore_residual_kernel(Residua
         if (at + i < words) result[v].bits[i / 4].w[i % 4] = payload.stream[at + i];
       }
     }
-    tile.store(result);
   } else {
     uint32_t at = bits.before & 0xFFFFu;
 #pragma unroll
@@ -164,14 +163,14 @@ __global__ void __launch_bounds__(kChunkThreads) restore_residual_kernel(Residua
       set_codes(result[v], found[v].base);
       at += found[v].bits;
     }
-    tile.store(result);
-    if (payload.listed != 0) {
-      __syncthreads();
-      for (uint32_t i = threadIdx.x; i < payload.listed; i += kChunkThreads) {
-        const uint32_t* item = payload.list + i * kEntryWords<T>;
-        const uint32_t position = sizeof(T) == 2 ? item[0] >> 16 : item[0];
-        *tile.at(position) = value_of_code<T>(sizeof(T) == 2 ? item[0] : item[1]);
-      }
+  }
+  tile.store(result);
+  if (payload.listed != 0) {
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < payload.listed; i += kChunkThreads) {
+      const uint32_t* item = payload.list + i * kEntryWords<T>;
+      const uint32_t position = sizeof(T) == 2 ? item[0] >> 16 : item[0];
+      *tile.at(position) = value_of_code<T>(sizeof(T) == 2 ? item[0] : item[1]);
     }
   }
   // Restored: a second try, after other chunks were refused, goes on from here.
