@@ -89,7 +89,7 @@ template <class T, bool Elementwise, bool Vector>
 __global__ void __launch_bounds__(kChunkThreads) perturb_residual_kernel(ResidualArgs args) {
   // float32 has no bits to spare for elementwise noise: raw.
   constexpr bool kPacks = !(Elementwise && sizeof(T) == 4);
-  __shared__ alignas(16) uint32_t stream[kStreamRoom];
+  alignas(16) __shared__ uint32_t stream[kStreamRoom];
   __shared__ uint32_t totals[kChunkWarps], checks[kChunkWarps], others[kChunkWarps];
   __shared__ uint32_t place;
   __shared__ Staged<Vector> staged;
