@@ -27,6 +27,13 @@ FLATKERN_HD void opaque(uint32_t& value) {
   (void)value;
 #endif
 }
+FLATKERN_HD void opaque(uint64_t& value) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(value));
+#else
+  (void)value;
+#endif
+}
 
 struct NoiseKey {
   uint32_t seed, step, draw, tensor;

@@ -11,11 +11,30 @@
 #include <utility>
 #include <vector>
 
-#include "numeric.h"
+#include "residual.h"
 
 namespace flatkern {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Where a residual's parts lie.
+struct ResidualParts {
+  ResidualHeader* header;
+  uint32_t *directory, *pool;
+  uint64_t capacity;  // words
+};
+
+inline ResidualParts parts_of(const at::Tensor& residual, const Chunks& chunks) {
+  const int64_t pool = kResidualHeader + chunks.directory_bytes();
+  auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
+  TORCH_CHECK(residual.scalar_type() == at::kByte && residual.is_contiguous() &&
+                  residual.numel() >= pool && reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
+              "flatkern: residual must be aligned uint8 of the weight's size or more");
+  return {reinterpret_cast<ResidualHeader*>(bytes),
+          reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
+          reinterpret_cast<uint32_t*>(bytes + pool),
+          static_cast<uint64_t>(residual.numel() - pool) / 4};
+}
 
 template <class Backend>
 struct Ops {
@@ -144,22 +163,14 @@ struct Ops {
     return false;
   }
 
-  static void check_no_residuals(at::TensorList residuals) {
-    TORCH_CHECK(residuals.empty(), Backend::kName, ": residual must be None");
-  }
-
+  // Tensors on one device that share no memory; a residual for each, or none at all.
   // Tensors on one device that share no memory; a residual for each, or none at all.
   template <bool Restores>
   static void run_inplace(const at::Tensor& on, const std::vector<PerturbArgs>& tensors,
                           at::TensorList residuals) {
-    if constexpr (Backend::kHasResidual) {
-      if (!residuals.empty()) {
-        return (Restores ? Backend::restore_residual : Backend::perturb_residual)(tensors,
-                                                                                  residuals);
-      }
-    }
-    check_no_residuals(residuals);
-    (Restores ? Backend::restore : Backend::perturb)(on, tensors);
+    if (residuals.empty()) return (Restores ? Backend::restore : Backend::perturb)(on, tensors);
+    for (const at::Tensor& residual : residuals) check_one_device(residual, on);
+    (Restores ? Backend::restore_residual : Backend::perturb_residual)(tensors, residuals);
   }
 
   template <bool Restores>
@@ -275,7 +286,7 @@ struct Ops {
                                     const at::Tensor& key, bool elementwise,
                                     const OptionalTensor& residual, int64_t row_offset) {
     // With a residual, flatkern/ops runs row_norm and perturb_.
-    check_no_residuals(residual ? at::TensorList(*residual) : at::TensorList());
+    TORCH_CHECK(!residual.has_value(), Backend::kName, ": residual must be None");
     const at::Tensor words = words_of(key);
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
     at::Tensor row_scale = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));

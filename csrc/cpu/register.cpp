@@ -65,27 +65,18 @@ std::vector<Counts> run_residual(const std::vector<PerturbArgs>& tensors, at::Te
   std::vector<ResidualArgs> all;
   std::vector<Task> tasks;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const at::Tensor& residual = residuals[i];
     const Chunks chunks{tensors[i].window.rows, tensors[i].window.cols};
-    const int64_t pool = kResidualHeader + chunks.directory_bytes();
-    auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
-    TORCH_CHECK(residual.device().is_cpu() && residual.scalar_type() == at::kByte &&
-                    residual.is_contiguous() && residual.numel() >= pool &&
-                    reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
-                "flatkern_cpu: residual must be aligned uint8 of the weight's size or more");
-    all.push_back({tensors[i], chunks, reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
-                   reinterpret_cast<uint32_t*>(bytes + pool),
-                   static_cast<uint64_t>(residual.numel() - pool) / 4, &counts[i].asked,
-                   &counts[i].left_out});
+    const ResidualParts parts = parts_of(residuals[i], chunks);
+    all.push_back({tensors[i], chunks, parts.directory, parts.pool, parts.capacity,
+                   &counts[i].asked, &counts[i].left_out});
     tasks.push_back({chunks.count(), kChunk});
   }
   parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(all[i], begin, end); });
   return counts;
 }
 
-template <class T>
-void set_counter(const at::Tensor& residual, int64_t offset, T value) {
-  memcpy(static_cast<uint8_t*>(residual.mutable_data_ptr()) + offset, &value, sizeof value);
+ResidualHeader& header_of(const at::Tensor& residual) {
+  return *static_cast<ResidualHeader*>(residual.mutable_data_ptr());
 }
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
@@ -97,7 +88,6 @@ struct Backend {
   static constexpr const char* kName = "flatkern_cpu";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
   static constexpr int64_t kAdapterColumns = kNormLanes;
-  static constexpr bool kHasResidual = true;
 
   static NoiseKey key_of(const int64_t* words) {
     return {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]),
@@ -118,14 +108,14 @@ struct Backend {
   static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     const auto counts = run_residual(tensors, residuals, kernels().perturb_residual);
     for (size_t i = 0; i < counts.size(); ++i) {
-      set_counter(residuals[i], kResidualAsked, counts[i].asked.load());
-      set_counter(residuals[i], kResidualClean, counts[i].left_out.load());
+      header_of(residuals[i]).asked = counts[i].asked;
+      header_of(residuals[i]).clean = counts[i].left_out;
     }
   }
   static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     const auto counts = run_residual(tensors, residuals, kernels().restore_residual);
     for (size_t i = 0; i < counts.size(); ++i) {
-      set_counter(residuals[i], kResidualMismatched, counts[i].left_out.load());
+      header_of(residuals[i]).mismatched = counts[i].left_out;
     }
   }
   static void row_norm(const at::Tensor&, const std::vector<RowNormArgs>& tensors) {

@@ -50,23 +50,53 @@ FLATKERN_HD float fast_cos(float x) {
 #endif
 }
 
+// Two floats; one instruction an operation from sm_100 on, each lane rounded by itself as ever.
+struct Pair {
+  float first, second;
+};
+FLATKERN_HD Pair operator*(Pair a, Pair b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  Pair product;
+  asm("{ .reg .b64 a, b; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5};\n\t"
+      "mul.rn.f32x2 a, a, b; mov.b64 {%0, %1}, a; }"
+      : "=f"(product.first), "=f"(product.second)
+      : "f"(a.first), "f"(a.second), "f"(b.first), "f"(b.second));
+  return product;
+#else
+  return {a.first * b.first, a.second * b.second};
+#endif
+}
+// radius_uniform of two words.
+FLATKERN_HD Pair radius_uniforms(uint32_t first, uint32_t second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  Pair u = {static_cast<float>(first), static_cast<float>(second)};
+  asm("{ .reg .b64 a, b, c; mov.b64 a, {%0, %1}; mov.b64 b, {%2, %2}; mov.b64 c, {%3, %3};\n\t"
+      "fma.rn.f32x2 a, a, b, c; mov.b64 {%0, %1}, a; }"
+      : "+f"(u.first), "+f"(u.second)
+      : "f"(0x1p-32f), "f"(0x1p-33f));
+  return u;
+#else
+  return {radius_uniform(first), radius_uniform(second)};
+#endif
+}
+
 // sqrt(2 ln 2): what turns the root of |log2 u| into a radius. Multiplied into c once a row.
 constexpr float kRadiusOfRoot = 1.17741002252f;
 
-// c z of a pair of columns, from c times kRadiusOfRoot.
-FLATKERN_HD void scaled_pair(uint32_t a, uint32_t b, float scale, float& even, float& odd) {
-  // |log2|: the hardware may give a few ulps above 0 at u = 1.
-  const float radius = scale * fast_sqrt(fabsf(fast_log2(radius_uniform(a))));
-  const float angle = static_cast<float>(static_cast<int32_t>(b)) * (3.14159265359f * 0x1p-31f);
-  even = radius * fast_cos(angle);
-  odd = radius * fast_sin(angle);
-}
-
-// c z of the four columns of a group.
+// c z of the four columns of a group, from c times kRadiusOfRoot.
 FLATKERN_HD void scaled_group(const PhiloxRow& row, uint32_t group, float scale, float* e) {
+  constexpr float kAngle = 3.14159265359f * 0x1p-31f;
   const Words words = philox_group(row, group);
-  scaled_pair(words.w[0], words.w[1], scale, e[0], e[1]);
-  scaled_pair(words.w[2], words.w[3], scale, e[2], e[3]);
+  const Pair u = radius_uniforms(words.w[0], words.w[2]);
+  // |log2|: the hardware may give a few ulps above 0 at u = 1.
+  const Pair root = {fast_sqrt(fabsf(fast_log2(u.first))), fast_sqrt(fabsf(fast_log2(u.second)))};
+  const Pair radius = Pair{scale, scale} * root;
+  const Pair angle = Pair{static_cast<float>(static_cast<int32_t>(words.w[1])),
+                          static_cast<float>(static_cast<int32_t>(words.w[3]))} *
+                     Pair{kAngle, kAngle};
+  const Pair even = radius * Pair{fast_cos(angle.first), fast_cos(angle.second)};
+  const Pair odd = radius * Pair{fast_sin(angle.first), fast_sin(angle.second)};
+  e[0] = even.first, e[1] = odd.first, e[2] = even.second, e[3] = odd.second;
 }
 
 // A row's c, times kRadiusOfRoot; `after` is 1 but for c so large or small that a radius, below
@@ -120,6 +150,16 @@ struct alignas(16) Bits128 {
   uint32_t w[4];
 };
 
+// A pointer into global memory that came from integer arithmetic: as such it is loaded from.
+template <class T>
+FLATKERN_HD T* global_pointer(uint64_t address) {
+#ifdef __CUDA_ARCH__
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#else
+  return reinterpret_cast<T*>(address);
+#endif
+}
+
 // Spelled out, because a store under a condition is otherwise split into 32-bit ones.
 FLATKERN_HD void store_bits(void* p, const Bits128& bits) {
 #ifdef __CUDA_ARCH__
@@ -167,6 +207,28 @@ FLATKERN_HD void unpack(Float16, uint32_t packed, float& first, float& second) {
 #endif
 }
 
+// Two elements in float32, each plus its `e`.
+template <class T>
+FLATKERN_HD void widen_add(T, uint32_t packed, const float* e, float* sum) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define FLATKERN_ADD(TYPE)                                             \
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2;\n\t"            \
+      "add.f32." TYPE " %0, low, %3; add.f32." TYPE " %1, high, %4; }" \
+      : "=f"(sum[0]), "=f"(sum[1])                                     \
+      : "r"(packed), "f"(e[0]), "f"(e[1]))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FLATKERN_ADD("bf16");
+  } else {
+    FLATKERN_ADD("f16");
+  }
+#undef FLATKERN_ADD
+#else
+  unpack(T{}, packed, sum[0], sum[1]);
+  sum[0] += e[0];
+  sum[1] += e[1];
+#endif
+}
+
 // kVector adjacent elements as they lie in memory.
 template <class T>
 struct Packed {
@@ -199,6 +261,16 @@ FLATKERN_HD void to_floats(const Packed<float>& packed, float* values) {
   for (int i = 0; i < kVector; ++i) values[i] = float_of_bits(packed.bits[i / 4].w[i % 4]);
 }
 
+// The vector in float32, each element plus its `e`.
+template <class T>
+FLATKERN_HD void add_to(const Packed<T>& packed, const float* e, float* sums) {
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < kVector; ++i) sums[i] = float_of_bits(packed.bits[i / 4].w[i % 4]) + e[i];
+  } else {
+    for (int i = 0; i < kVector; i += 2) widen_add(T{}, packed.bits[0].w[i / 2], e + i, sums + i);
+  }
+}
+
 template <class T>
 FLATKERN_HD Packed<T> round_packed(const float* values) {
   Packed<T> packed;
@@ -212,26 +284,37 @@ FLATKERN_HD Packed<T> round_packed(const float* values) {
   return packed;
 }
 
-// x 0 + sum, two at a time: 0 while everything is finite, NaN from then on.
-FLATKERN_HD uint32_t times_zero_plus(BFloat16, uint32_t x, uint32_t sum) {
+#ifndef __CUDA_ARCH__
+template <class T>
+uint32_t multiply_add_halves(uint32_t x, uint32_t y, uint32_t sum) {
+  float a[2], b[2], c[2];
+  unpack(T{}, x, a[0], a[1]);
+  unpack(T{}, y, b[0], b[1]);
+  unpack(T{}, sum, c[0], c[1]);
+  return pack(T{}, fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]));
+}
+#endif
+
+// x y + sum, two at a time.
+FLATKERN_HD uint32_t multiply_add(BFloat16, uint32_t x, uint32_t y, uint32_t sum) {
 #ifdef __CUDA_ARCH__
-  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0u));
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(y));
   return sum;
 #else
-  const auto infinite = [](uint32_t half) { return (half & 0x7F80u) == 0x7F80u; };
-  return sum | (infinite(x) ? 0x7FFFu : 0u) | (infinite(x >> 16) ? 0x7FFF0000u : 0u);
+  return multiply_add_halves<BFloat16>(x, y, sum);
 #endif
 }
-FLATKERN_HD uint32_t times_zero_plus(Float16, uint32_t x, uint32_t sum) {
+FLATKERN_HD uint32_t multiply_add(Float16, uint32_t x, uint32_t y, uint32_t sum) {
 #ifdef __CUDA_ARCH__
-  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0u));
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(y));
   return sum;
 #else
-  const auto infinite = [](uint32_t half) { return (half & 0x7C00u) == 0x7C00u; };
-  return sum | (infinite(x) ? 0x7FFFu : 0u) | (infinite(x >> 16) ? 0x7FFF0000u : 0u);
+  return multiply_add_halves<Float16>(x, y, sum);
 #endif
 }
 
+// False where an element is not finite, and where a product of two 16-bit ones overflows: what is
+// false takes longer, to the same end.
 template <class T>
 FLATKERN_HD bool all_finite(const Packed<T>& packed) {
   if constexpr (sizeof(T) == 4) {
@@ -241,9 +324,11 @@ FLATKERN_HD bool all_finite(const Packed<T>& packed) {
     }
     return sum == 0.0f;
   } else {
-    uint32_t sum = 0;
-    for (int i = 0; i < kVector / 2; ++i) sum = times_zero_plus(T{}, packed.bits[0].w[i], sum);
-    return sum == 0;
+    // Infinities and NaN stay what they are in a product and a sum, or turn into NaN.
+    const uint32_t* words = packed.bits[0].w;
+    const uint32_t three = multiply_add(T{}, words[0], words[1], words[2]);
+    const uint32_t four = multiply_add(T{}, three, 0, words[3]);
+    return multiply_add(T{}, four, 0, 0) == 0;
   }
 }
 

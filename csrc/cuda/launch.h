@@ -11,7 +11,7 @@ constexpr int kVector = 8;
 // Columns that a warp covers at once.
 constexpr int kWarpCols = kWarp * kVector;
 // Elementwise kernels: a warp's work unit is a row's next kUnitCols columns. Longer units amortise
-// the row's hoisted rounds, shorter ones balance; 16 steps also fit the mask of skipped steps.
+// the row's hoisted rounds, shorter ones balance.
 constexpr int kUnitSteps = 16;
 constexpr int64_t kUnitCols = static_cast<int64_t>(kUnitSteps) * kWarpCols;
 constexpr int kThreads = 256;
@@ -57,5 +57,8 @@ constexpr bool fuses(int64_t cols, int64_t rank, bool aligned) {
 constexpr int fused_threads(int64_t cols) {
   return static_cast<int>(divide_up(cols, kWarpCols)) * kWarp;
 }
+
+// Residual: the block that compares a header, most of which is summing up the row scale.
+constexpr int kBeginThreads = 512;
 
 }  // namespace flatkern::cuda

@@ -5,8 +5,7 @@
 
 namespace flatkern::cuda {
 
-// Vector: rows are 16-byte aligned and start on a group. Steps that hold anything that is not
-// finite are left alone by the loop and done one by one after it.
+// Rows are 16-byte aligned and start on a group.
 template <class Op, class Src, class Dst, bool Elementwise>
 __global__ void __launch_bounds__(kThreads)
     perturb_kernel(const __grid_constant__ Table<PerturbArgs> table) {
@@ -23,35 +22,16 @@ __global__ void __launch_bounds__(kThreads)
     const Src* weight = static_cast<const Src*>(args.weight) + i * args.weight_stride;
     Dst* out = static_cast<Dst*>(args.out) + i * args.out_stride;
 
-    const int64_t first = begin + lane * kVector;
-    const Src* source = weight + first;
-    Dst* target = out + first;
-    uint32_t group = static_cast<uint32_t>((window.col_offset + first) / 4);
     // Whole vectors of this lane; none where e needs its shift.
+    const int64_t first = begin + lane * kVector;
     const int64_t left = c.after == 1.0f ? end - first : 0;
-    const int steps = left < kVector ? 0 : static_cast<int>((left - kVector) / kWarpCols) + 1;
-    // One bit a step: what counts the steps also marks those to do one by one.
-    uint32_t skipped = 0, last = 1u << steps;
-    opaque(last);
-    for (uint32_t bit = 1; bit != last; bit <<= 1) {
-      const Packed<Dst> result =
-          apply_vector<Op, Dst, Src, Elementwise>(load_packed(source), row, group, c.scale);
-      if (all_finite(result)) {
-        store_packed(target, result);
-      } else {
-        skipped |= bit;
+    const int64_t steps = left < kVector ? 0 : (left - kVector) / kWarpCols + 1;
+    const int64_t whole = first + steps * kWarpCols;
+    for (int64_t j = first; j < end; j += kWarpCols) {
+      if (j < whole) {
+        j = apply_vectors<Op, Elementwise>(weight, out, row, window.col_offset, j, whole, c.scale);
       }
-      source += kWarpCols;
-      target += kWarpCols;
-      group += kWarpCols / 4;
-    }
-    for (int64_t j = first; skipped != 0; j += kWarpCols, skipped >>= 1) {
-      if (skipped & 1u) {
-        apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, j, j + kVector, c);
-      }
-    }
-    // The vector that the row's end cuts, or all of them.
-    for (int64_t j = first + static_cast<int64_t>(steps) * kWarpCols; j < end; j += kWarpCols) {
+      // What stopped it, the vector that the row's end cuts, or any where e needs its shift.
       const int64_t to = j + kVector < end ? j + kVector : end;
       apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, j, to, c);
     }

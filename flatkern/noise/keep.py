@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flatkern import ops
+from flatkern.ops._residual import FILLED, Header, in_kernels, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
 # Times the pool that a window was measured to need.
@@ -121,42 +122,59 @@ class Residual:
             one.keeper._prepare(one)
 
     def _prepare(self, one: Kept) -> None:
-        weight = one.weight
+        weight, capturing = one.weight, _is_capturing(one.weight)
         like = (weight.shape, weight.dtype, weight.device)
-        if self._like == like:
+        if self._like in ((*like, capturing), (*like, True)):
             return
         with torch.inference_mode(False):
-            counter = ops.new_residual(weight, 0)
-            options = {"residual": counter, "elementwise": one.elementwise}
-            ops.perturb_(weight, one.largest_scale(), one.key, **options)
-            self._residual = ops.new_residual(weight, int(pool_need(counter)[0] * _SPARE))
-        self._like = like
+            # A CUDA graph that is being captured cannot count or grow: it takes the worst case.
+            pool_bytes = None
+            if not capturing:
+                counter = ops.new_residual(weight, 0)
+                options = {"residual": counter, "elementwise": one.elementwise}
+                ops.perturb_(weight, one.largest_scale(), one.key, **options)
+                pool_bytes = int(pool_need(counter)[0] * _SPARE)
+            self._residual = ops.new_residual(weight, pool_bytes)
+        self._like = (*like, capturing)
 
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
         ops.foreach_perturb_(*_operands(kept), **_options(kept))
-        needs = [pool_need(residual) for residual in _residuals(kept)]
-        first = next((i for i, (_, left_out) in enumerate(needs) if left_out), len(kept))
-        # Those behind the first as well: they may overlap it.
+        headers = _headers(kept)
+        if not headers:
+            return
+        first = next((i for i, header in enumerate(headers) if header.clean), len(kept))
+        for header in headers[:first]:
+            raise_for("perturb_", header)
+        # Those behind the first without room as well: they may overlap it.
         again = kept[first:]
         if not again:
             return
         Residual.restore(again)
-        for one, (need, left_out) in zip(again, needs[first:], strict=True):
-            if left_out:
+        for one, header in zip(again, headers[first:], strict=True):
+            if header.clean:
                 with torch.inference_mode(False):
-                    one.keeper._residual = ops.new_residual(one.weight, int(need * _SPARE))
+                    pool_bytes = int(4 * header.asked * _SPARE)
+                    one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
         ops.foreach_perturb_(*_operands(again), **_options(again))
-        for residual in _residuals(again):
-            ops.check_residual(residual)
+        for header in _headers(again):
+            raise_for("perturb_", header)
 
     @staticmethod
     def restore(kept: list[Kept]) -> None:
         """Decode in place."""
-        filled = [one for one in reversed(kept) if is_filled(one.keeper._residual)]
-        if filled:
-            ops.foreach_restore_(*_operands(filled), **_options(filled))
+        filled = kept[::-1]
+        # CUDA kernels see by themselves that nothing is left to do, and leave in the header what
+        # they refuse.
+        by_kernels = in_kernels(kept[0].weight)
+        if not by_kernels:
+            states = [header.state for header in _headers(filled)]
+            filled = [one for one, state in zip(filled, states, strict=True) if state == FILLED]
+        ops.foreach_restore_(*_operands(filled), **_options(filled))
+        for header in _headers(filled) if by_kernels else ():
+            if header.state == FILLED:
+                raise_for("restore_", header)
 
     def clean(self, one: Kept) -> Tensor:
         """Decode a copy."""
@@ -177,11 +195,27 @@ def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor
 
 
 def _options(kept: list[Kept]) -> dict[str, Any]:
-    return {"elementwise": kept[0].elementwise, "residuals": _residuals(kept)}
+    return {"elementwise": any(one.elementwise for one in kept), "residuals": _residuals(kept)}
 
 
 def _residuals(kept: list[Kept]) -> list[Tensor]:
     return [one.keeper._residual for one in kept]
+
+
+def _headers(kept: list[Kept]) -> list[Header]:
+    """With one copy to the host for each device; none while a CUDA graph is captured."""
+    if any(_is_capturing(one.weight) for one in kept):
+        return []
+    headers: dict[int, Header] = {}
+    for device in {one.weight.device for one in kept}:
+        here = [i for i, one in enumerate(kept) if one.weight.device == device]
+        found = read_all([kept[i].keeper._residual for i in here])
+        headers.update(zip(here, found, strict=True))
+    return [headers[i] for i in range(len(kept))]
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def keeper_of(restore: str | None, weight: Tensor, before: Keeper | None = None) -> Keeper:

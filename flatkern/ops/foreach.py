@@ -224,7 +224,7 @@ def _define_inplace(op: str, single: str) -> None:
             own = [[values[i] for i in indices] if values else [] for values in lists]
             _run(op, single, backend, elementwise, *own)
         if residuals:
-            _finish(op, single, residuals)
+            _finish(op, single, residuals, weights)
 
     implement(op, select, fake)
 
@@ -275,13 +275,13 @@ def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, 
         )
 
 
-def _finish(op, single, residuals):
+def _finish(op, single, residuals, weights):
     """Note what was done; the first refusal is raised when all are noted."""
     bump_versions(residuals)
     failure = None
     for i, residual in enumerate(residuals if single == "restore_" else ()):
         try:
-            _residual.finish_restore(f"{op}: tensor {i}", residual)
+            _residual.finish_restore(f"{op}: tensor {i}", residual, weights[i])
         except RuntimeError as error:
             failure = failure or error
     if failure is not None:

@@ -102,12 +102,36 @@ void test_split() {
   }
 }
 
+// What the wide loop takes by itself: all ordinary weights, nothing that is not finite.
+template <class T>
+void test_all_finite(std::initializer_list<float> ordinary) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 20000; ++i) {
+    float values[kVector];
+    for (float& value : values) {
+      const uint32_t draw = random();
+      value = *(ordinary.begin() + draw % ordinary.size()) * (draw >> 31 ? 1.0f : -1.0f);
+    }
+    CHECK(all_finite(round_packed<T>(values)), "ordinary %d", i);
+    for (int k = 0; k < kVector; ++k) {
+      float spoiled[kVector];
+      for (int j = 0; j < kVector; ++j) spoiled[j] = values[j];
+      for (const float wild : {INFINITY, -INFINITY, NAN}) {
+        spoiled[k] = wild;
+        CHECK(!all_finite(round_packed<T>(spoiled)), "%g at %d of %d", wild, k, i);
+      }
+      // Another one that is not finite hides nothing.
+      spoiled[random() % kVector] = random() % 2 ? INFINITY : -INFINITY;
+      CHECK(!all_finite(round_packed<T>(spoiled)), "two, %d of %d", k, i);
+    }
+  }
+}
+
 void test_grids() {
   CHECK(divide_up(0, 8) == 0 && divide_up(1, 8) == 1 && divide_up(8, 8) == 1, "divide_up");
   CHECK(units_per_row(1) == 1 && units_per_row(kUnitCols) == 1, "one unit");
   CHECK(units_per_row(kUnitCols + 1) == 2 && units_per_row(1ll << 34) == 1 << 22, "units");
-  // The mask of skipped steps has 32 bits, one of which ends the loop.
-  static_assert(kUnitSteps < 32 && kUnitCols % (4 * kWarp) == 0);
+  static_assert(kUnitCols % (4 * kWarp) == 0);
   for (const int sm_count : {1, 2, 108, 132}) {
     for (const int64_t warps : {1ll, 7ll, 8ll, 9ll, 5000ll, 1ll << 40}) {
       const int64_t blocks = grid_blocks(warps, sm_count);
@@ -207,6 +231,9 @@ int main() {
   test_emulator();
   test_emulated_mma();
   test_split();
+  test_all_finite<float>({0.0f, 0x1p-149f, 0.05f, 3.4e38f});
+  test_all_finite<BFloat16>({0.0f, 0x1p-133f, 0.05f, 1e18f});
+  test_all_finite<Float16>({0.0f, 0x1p-24f, 0.05f, 250.0f});
   test_grids();
   test_fusion();
   test_walks_cover();

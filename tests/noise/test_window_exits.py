@@ -307,5 +307,5 @@ def test_ctrl_c_while_a_residual_is_filled_or_emptied(grows):
                 tolerances.assert_same_bits(value, before[name])
             assert not noise.active
 
-    # Every other line: with and without growing, each line of the ops falls on one.
+    # Every other line, for time.
     every_interrupt(run, step=2, more_files=files)

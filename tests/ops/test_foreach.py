@@ -178,7 +178,7 @@ def test_residual_that_is_filled_already(with_residual):
     scale_and_key = model.row_scales[5], model.keys[5]
     flatkern.ops.perturb_(spare, *scale_and_key, residual=residuals[5])
     before = [residual.clone() for residual in residuals]
-    with pytest.raises(RuntimeError, match=r"foreach_perturb_: tensor 5: residual is filled"):
+    with pytest.raises(RuntimeError, match=r"foreach_perturb_: tensor 5: residual was filled"):
         model.foreach("perturb_", weights, residuals=residuals)
     assert_all_same_bits(weights, model.weights)
     assert_all_same_bits(residuals, before)
