@@ -66,14 +66,14 @@ class Target:
     def _row_scale(self, strategy: Strategy, sigma: float) -> Tensor:
         layer = self.layers[0]
         # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
-        adapters = layer.lora_A.detach(), layer.lora_B.detach()
+        adapters = (factor.detach() for factor in layer.factors())
         return strategy(self.weight, *adapters, layer.scaling, sigma)
 
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
         self.backend = backend
         for layer in self.layers:
-            layer._window = self
+            layer.enter_window(self)
 
     def show(self, mode: str) -> None:
         """Let the layers see the noise."""
@@ -186,7 +186,7 @@ def collect(model: nn.Module) -> list[Target]:
             owners.setdefault(id(weight), []).append((module, name))
         if isinstance(module, LoRALinear):
             layers.setdefault(id(module.weight), []).append(module)
-            adapters |= {id(module.lora_A), id(module.lora_B)}
+            adapters |= set(map(id, module.adapters().values()))
     weights = [
         (name, id(weight))
         for name, weight in model.named_parameters()
