@@ -53,7 +53,7 @@ def lora_ga_init(
         _check.refuse(_OP, "gamma", "above 0", gamma)
     for name, layer in layers.items():
         _check_fresh(name, layer)
-    gradients = _mean_gradients(model, layers, loss_fn, batches)
+    gradients = _summed_gradients(model, layers, loss_fn, batches)
     starts = {}
     for name, layer in layers.items():
         factors = _start(layer, gradients.pop(name), gamma)
@@ -77,22 +77,21 @@ def _check_fresh(name: str, layer: LoRALinear) -> None:
         _check.refuse(_OP, f"{name}.r", f"at most {min(layer.weight.shape) // 2}", layer.r)
 
 
-def _mean_gradients(
+def _summed_gradients(
     model: nn.Module,
     layers: dict[str, LoRALinear],
     loss_fn: Callable[[Any], Tensor],
     batches: Iterable[Any],
 ) -> dict[str, Tensor]:
+    """Float32 or wider; the sum has the mean's singular vectors, and nothing else is used."""
     weights = {name: layer.weight for name, layer in layers.items()}
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     total: dict[str, Tensor] = {}
-    count = 0
     try:
         for weight in frozen:
             weight.requires_grad_(True)
         with torch.enable_grad(), evaluating(model):
             for batch in batches:
-                count += 1
                 loss = loss_fn(batch)
                 _check.kinds(_OP, Tensor, loss=loss)
                 if loss.dim() != 0 or not loss.requires_grad:
@@ -105,8 +104,8 @@ def _mean_gradients(
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-    if not count:
-        raise ValueError(f"{_OP}: batches must hold at least one batch, got none")
+    if not total:
+        raise ValueError(f"{_OP}: batches must run the LoRALinear layers, got none that does")
     for name in layers:
         size = total[name].norm() if name in total else torch.zeros(())
         if not (torch.isfinite(size) and size > 0):
@@ -114,7 +113,7 @@ def _mean_gradients(
                 f"{_OP}: the loss must depend on every layer, with a finite gradient, got one of "
                 f"norm {size:g} for {name}"
             )
-    return {name: gradient / count for name, gradient in total.items()}
+    return total
 
 
 def _start(layer: LoRALinear, gradient: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
