@@ -20,13 +20,17 @@ def idle_layers(
         RuntimeError: one is merged or in a window of `WeightNoise`.
     """
     _check.kinds(op, nn.Module, model=model)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
+    layers = {
+        name or "the layer": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, kind)
+    }
     if not layers:
         raise ValueError(f"{op}: model must have {kind.__name__} layers, got none")
     for name, layer in layers.items():
         layer.require_closed(op)
         if layer.merged:
-            raise RuntimeError(f"{op}: {name or 'the layer'} is merged; call unmerge() first")
+            raise RuntimeError(f"{op}: {name} is merged; call unmerge() first")
     return layers
 
 
