@@ -78,9 +78,10 @@ def _column_powers(
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def record(name: str, x: Tensor) -> None:
-        tokens = x.detach().reshape(-1, x.shape[-1]).abs().to(torch.float64)
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        norms = torch.linalg.vector_norm(tokens, power, dim=0, dtype=torch.float64)
         before, count = sums.get(name, (0, 0))
-        sums[name] = before + tokens.pow(power).sum(0), count + len(tokens)
+        sums[name] = before + norms**power, count + len(tokens)
 
     handles = []
     scalings = {layer: layer.scaling for layer in layers.values()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from flatkern.nn.pissa import pissa_factors
 from flatkern.ops import _check
 from flatkern.ops.noisy_linear import autocast_dtype
 
@@ -197,7 +198,8 @@ class LoRALinear(nn.Module):
 
     def _init_adapters(self, init_lora_weights: bool | str) -> None:
         if init_lora_weights == "pissa":
-            self._init_pissa()
+            start = pissa_factors(self.weight, self.r, self.scaling)
+            self.rebase(*start, self.offset_weight(*start))
             return
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
@@ -207,18 +209,6 @@ class LoRALinear(nn.Module):
             nn.init.zeros_(self.lora_B)
         else:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-
-    def _init_pissa(self) -> None:
-        """s B A = U_r S_r V_r^T, its root on either side. Source: Meng et al., "PiSSA", 2024."""
-        if self.r > min(self.weight.shape):
-            accepted = f"at most {min(self.weight.shape)}, the singular values of the weight"
-            _check.refuse(_OP, "r", accepted + ", with init_lora_weights='pissa'", self.r)
-        u, sizes, vh = torch.linalg.svd(
-            self.weight.detach().to(self.lora_A.dtype), full_matrices=False
-        )
-        root = (sizes[: self.r] / self.scaling).sqrt()
-        start = root[:, None] * vh[: self.r], u[:, : self.r] * root
-        self.rebase(*start, self.offset_weight(*start))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
@@ -378,4 +368,9 @@ class LoRALinear(nn.Module):
             raise RuntimeError(
                 f"{_OP}: load_state_dict into {prefix}weight, which is merged; call unmerge() first"
             )
+        for part in ("A", "B"):
+            # So that what was saved over an offset base loads into a fresh layer.
+            if f"{prefix}offset_{part}" in state_dict and getattr(self, f"offset_{part}") is None:
+                own = getattr(self, f"lora_{part}")
+                setattr(self, f"offset_{part}", torch.zeros_like(own, requires_grad=False))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -120,10 +120,13 @@ def test_pissa_in_a_model_and_its_state_dict():
     assert not any(value is weight for value in model.parameters())
     with torch.no_grad():
         model[0].lora_B.mul_(2)
-    other = nn.Sequential(linear_layer(), nn.Linear(17, 5))
-    replace_linear(other, "all-linear", r=2, init_lora_weights="pissa")
-    other.load_state_dict(model.state_dict())
-    tolerances.assert_same_bits(other(x), model(x))
+    for init in ("pissa", True):
+        other = nn.Sequential(linear_layer(), nn.Linear(17, 5))
+        replace_linear(other, "all-linear", r=2, init_lora_weights=init)
+        other.load_state_dict(model.state_dict())
+        tolerances.assert_same_bits(other(x), model(x))
+        assert other.state_dict().keys() == model.state_dict().keys()
+        tolerances.assert_same_bits(other[0].offset_B, model[0].offset_B)
 
 
 def test_pissa_needs_as_many_singular_values():
