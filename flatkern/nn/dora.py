@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from flatkern import _backend, ops
 from flatkern.nn.linear import LoRALinear
 from flatkern.ops import _check
-from flatkern.ops.noisy_linear import DEFAULT_SCRATCH_BYTES
+
+# Scratch for the panels in which a noisy weight is made to take its norms.
+_SCRATCH_BYTES = 32 * 2**20
 
 
 class DoRALinear(LoRALinear):
@@ -86,7 +88,7 @@ class DoRALinear(LoRALinear):
         """||V_i + noise||, the noisy weight made in panels of bounded size."""
         weight = self.weight.detach()
         lora_A, lora_B = self.factors()
-        rows = max(DEFAULT_SCRATCH_BYTES // (weight.shape[1] * weight.dtype.itemsize), 1)
+        rows = max(_SCRATCH_BYTES // (weight.shape[1] * weight.dtype.itemsize), 1)
         norm = torch.empty_like(window.row_scale)
         with _backend.backend(window.backend):
             for begin in range(0, weight.shape[0], rows):

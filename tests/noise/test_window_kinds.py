@@ -200,7 +200,7 @@ def test_noise_on_a_dora_weight_is_of_the_magnitudes(mode):
 @pytest.mark.parametrize("mode", ["virtual", "inplace"])
 def test_renorm_keeps_the_length_of_noisy_rows(mode, monkeypatch):
     # In panels of two rows.
-    monkeypatch.setattr("flatkern.nn.dora.DEFAULT_SCRATCH_BYTES", 2 * 4 * N)
+    monkeypatch.setattr("flatkern.nn.dora._SCRATCH_BYTES", 2 * 4 * N)
     model = make(renorm, torch.float32)
     layer = model[0]
     with flatkern.WeightNoise(model, SIGMA, mode=mode).window():
