@@ -184,6 +184,27 @@ def test_a_window(kind, dtype, mode):
 
 
 @pytest.mark.parametrize("mode", ["virtual", "inplace"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_descends_and_leaves_the_frozen_weights(kind, mode):
+    torch.manual_seed(2)
+    x, target = torch.randn(64, N), torch.randn(64, M)
+    model = make(kind, torch.bfloat16)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    method = flatkern.methods.FlatLoRA(model, torch.optim.Adam(trained, 1e-2), mode=mode)
+
+    def loss_fn(part):
+        return F.mse_loss(model(x[part].bfloat16()).float(), target[part])
+
+    losses = [method.step(loss_fn, [slice(0, 32), slice(32, 64)]) for _ in range(60)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(not torch.equal(p, before) for p, before in zip(trained, start, strict=True))
+    for name, value in frozen.items():
+        tolerances.assert_same_bits(model.get_parameter(name), value)
+
+
+@pytest.mark.parametrize("mode", ["virtual", "inplace"])
 def test_noise_on_a_dora_weight_is_of_the_magnitudes(mode):
     # W'_i + e_i with e_ij = sigma / sqrt(n) |mu_i| z_ij, whatever V is.
     model = make(dora, torch.float32)
