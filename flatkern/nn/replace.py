@@ -54,7 +54,6 @@ def replace_linear(
         raise TypeError(f"{_OP}: layer must be LoRALinear or a subclass of it, got {layer!r}")
     options = (r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
     check_options(*options)
-    layer.check_kind(r, **kind)
     targets = _find(model, target_modules)
 
     def build(name: str, linear: nn.Linear) -> LoRALinear:
