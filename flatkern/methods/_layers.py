@@ -10,8 +10,8 @@ from flatkern.methods.base import Method
 from flatkern.nn import LoRALinear
 
 
-def lora_layers(method: Method) -> dict[str, LoRALinear]:
-    """The layers of the method's model whose A and B are both trained, by name.
+def lora_layers(method: Method, *trained: str) -> dict[str, LoRALinear]:
+    """The LoRALinear layers of the method's model by name, of which these adapters are trained.
 
     Raises:
         ValueError: there are none.
@@ -20,13 +20,13 @@ def lora_layers(method: Method) -> dict[str, LoRALinear]:
         name: module
         for name, module in method.model.named_modules()
         if isinstance(module, LoRALinear)
-        and module.lora_A.requires_grad
-        and module.lora_B.requires_grad
+        and all(getattr(module, part).requires_grad for part in trained)
     }
     if not layers:
+        whose = f" whose {' and '.join(trained)} are trained" if trained else ""
         raise ValueError(
-            f"{type(method).__name__}: model must have LoRALinear layers that are trained, got "
-            "none; see flatkern.nn.replace_linear"
+            f"{type(method).__name__}: model must have LoRALinear layers{whose}, got none; "
+            "see flatkern.nn.replace_linear"
         )
     return layers
 

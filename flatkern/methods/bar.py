@@ -45,7 +45,7 @@ class BAR(Method):
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
-                without LoRALinear layers.
+                without LoRALinear layers whose A and B are trained.
         """
         super().__init__(model, optimizer, **options)
         _check.kinds("BAR", (float, int), alpha=alpha)
@@ -56,7 +56,7 @@ class BAR(Method):
         self.variant = variant
         self._schedule = schedule or constant()
         self._step = 0
-        self._layers = list(lora_layers(self).values())
+        self._layers = list(lora_layers(self, "lora_A", "lora_B").values())
 
     def update(self) -> bool:
         """Balance, then clip and step; where the optimizer is not stepped, A and B stay."""

@@ -45,10 +45,10 @@ class FMLoRA(Ascent):
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
-                without LoRALinear layers.
+                without LoRALinear layers whose A and B are trained.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
-        self._layers = lora_layers(self)
+        self._layers = lora_layers(self, "lora_A", "lora_B")
 
     def perturbed(self) -> list[nn.Parameter]:
         """Every B."""

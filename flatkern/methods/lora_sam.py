@@ -41,8 +41,13 @@ class LoRASAM(Ascent):
                 without LoRALinear layers.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
-        self._layers = list(lora_layers(self).values())
+        self._adapters = [
+            part
+            for layer in lora_layers(self).values()
+            for part in layer.adapters().values()
+            if part.requires_grad
+        ]
 
     def perturbed(self) -> list[nn.Parameter]:
-        """The adapters."""
-        return [weight for layer in self._layers for weight in (layer.lora_A, layer.lora_B)]
+        """The adapters that are trained."""
+        return self._adapters

@@ -17,7 +17,7 @@ def tensor_numbers(model: nn.Module) -> dict[str, int]:
         id(part)
         for module in model.modules()
         if isinstance(module, LoRALinear)
-        for part in (module.lora_A, module.lora_B)
+        for part in module.adapters().values()
     }
     numbers, following = {}, {False: 0, True: ADAPTERS}
     for name, parameter in model.named_parameters():

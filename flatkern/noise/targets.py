@@ -83,7 +83,7 @@ class Target:
         """Belong to the window that is being opened."""
         self.backend = backend
         for layer in self.layers:
-            layer._window = self
+            layer.enter_window(self)
 
     def leave(self) -> None:
         """Belong to no window; from here on a backward through this one raises."""
@@ -207,10 +207,11 @@ def _row_scales(targets: list[Target], sigma: float) -> list[Tensor]:
     for (strategy, merged), group in _grouped(targets, lambda t: (t.strategy, t.merged)):
         # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
         layers = [target.layers[0] for target in group] if merged else []
+        factors = [[factor.detach() for factor in layer.factors()] for layer in layers]
         found = STRATEGIES[strategy](
             [target.weight for target in group],
-            [layer.lora_A.detach() for layer in layers] or None,
-            [layer.lora_B.detach() for layer in layers] or None,
+            [lora_A for lora_A, _ in factors] or None,
+            [lora_B for _, lora_B in factors] or None,
             [layer.scaling for layer in layers] or [1.0] * len(group),
             sigma,
         )

@@ -219,3 +219,11 @@ def test_state_is_checked():
         with pytest.raises(error, match="mean"):
             method.load_state_dict({"mean": mean})
     assert method.state_dict() == {"mean": {}}
+
+
+def test_a_model_whose_adapters_are_not_both_trained():
+    model = make_model()
+    for index in LAYERS:
+        model[index].lora_A.requires_grad_(False)
+    with pytest.raises(ValueError, match="whose lora_A and lora_B are trained"):
+        FMLoRA(model, sgd(model))

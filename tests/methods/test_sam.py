@@ -14,7 +14,6 @@ from method_cases import (
     make_model,
     sgd,
     step_gradients,
-    trainable,
 )
 from torch import nn
 from torch.func import functional_call
@@ -325,8 +324,3 @@ def test_a_model_without_adapters(options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="must have LoRALinear layers"):
         LoRASAM(model, optimizer) if options is None else SAM(model, optimizer, **options)
-    model = make_model()
-    for layer in (model[0], model[2]):
-        layer.lora_A.requires_grad_(False)
-    with pytest.raises(ValueError, match="that are trained"):
-        LoRASAM(model, torch.optim.SGD(trainable(model), lr=0.1))
