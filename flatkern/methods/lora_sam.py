@@ -47,6 +47,8 @@ class LoRASAM(Ascent):
             for part in layer.adapters().values()
             if part.requires_grad
         ]
+        if not self._adapters:
+            raise ValueError("LoRASAM: model must have adapters that are trained, got none")
 
     def perturbed(self) -> list[nn.Parameter]:
         """The adapters that are trained."""

@@ -324,3 +324,9 @@ def test_a_model_without_adapters(options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="must have LoRALinear layers"):
         LoRASAM(model, optimizer) if options is None else SAM(model, optimizer, **options)
+    model = make_model()
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(False)
+    model[2].bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="adapters that are trained"):
+        LoRASAM(model, torch.optim.SGD(trainable(model), lr=0.1))
