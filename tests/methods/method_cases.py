@@ -26,6 +26,13 @@ class Case:
     splits: bool = True
     backward: bool = True
 
+    @property
+    def adapters(self):
+        """Whether it needs LoRA layers."""
+        by_type = self.type in (methods.LoRASAM, methods.BAR, methods.FMLoRA, methods.EFMLoRA)
+        flat = self.type is methods.FlatLoRA
+        return by_type or flat or self.options.get("scope") == "merged"
+
     def __call__(self, model, optimizer, **options):
         return self.type(model, optimizer, **{**self.options, **options})
 
@@ -67,10 +74,10 @@ def cases(condition=lambda case: True):
 every_case = cases()
 
 
-def make_model(dtype=torch.float32):
+def make_model(dtype=torch.float32, **kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    flatkern.nn.replace_linear(model, "all-linear", r=2, init_lora_weights=False)
+    flatkern.nn.replace_linear(model, "all-linear", r=2, init_lora_weights=False, **kind)
     return model
 
 

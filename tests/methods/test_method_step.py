@@ -20,7 +20,8 @@ from method_cases import (
 )
 from torch import nn
 
-from flatkern.methods import BAR, LoRA
+from flatkern.methods import BAR, EFMLoRA, FMLoRA, LoRA
+from flatkern.nn import DoRALinear, NoRALinear
 
 
 def test_lora_is_the_usual_loop():
@@ -399,3 +400,35 @@ def test_batch_norms_count_a_batch_once(case):
     assert model[1].track_running_stats
     tolerances.assert_same_bits(model[1].running_mean, clean[1].running_mean)
     tolerances.assert_same_bits(model[1].running_var, clean[1].running_var)
+
+
+@every_case
+@pytest.mark.parametrize("layer", [DoRALinear, NoRALinear])
+def test_other_kinds_of_adapter(case, layer):
+    model = make_model(layer=layer)
+    before = copies(model)
+    # BAR and FMLoRA are about A and B, which NoRA does not train.
+    if layer is NoRALinear and case.type in (BAR, FMLoRA, EFMLoRA):
+        with pytest.raises(ValueError, match="whose lora_A and lora_B are trained"):
+            case(model, sgd(model))
+        return
+    method = case(model, sgd(model, lr=1e-3))
+    for _ in range(2):
+        method.step(loss_fn_of(model), make_batches(2))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad
+
+
+@every_case
+def test_whole_models_without_adapters(case):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    if case.adapters:
+        with pytest.raises(ValueError, match="must have LoRALinear layers"):
+            case(model, sgd(model))
+        return
+    method = case(model, sgd(model, lr=1e-3))
+    before = copies(model)
+    method.step(loss_fn_of(model), make_batches(2))
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name])

@@ -329,4 +329,4 @@ def test_a_model_without_adapters(options):
         layer.requires_grad_(False)
     model[2].bias.requires_grad_(True)
     with pytest.raises(ValueError, match="adapters that are trained"):
-        LoRASAM(model, torch.optim.SGD(trainable(model), lr=0.1))
+        LoRASAM(model, sgd(model))
