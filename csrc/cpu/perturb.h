@@ -36,9 +36,8 @@ FLATKERN_INLINE void one_by_one(const Src* weight, Dst* out, int count, float c,
 
 // Two bfloat16 are a lane of 32 bits, as two normals are: no interleaving, and one test for both.
 template <class Src, class Dst>
-constexpr Order kOrder = std::is_same_v<Src, BFloat16> && std::is_same_v<Dst, BFloat16>
-                             ? Order::kMemory
-                             : Order::kSplit;
+constexpr Order kOrder =
+    std::is_same_v<Src, BFloat16> && std::is_same_v<Dst, BFloat16> ? Order::kMemory : Order::kSplit;
 
 // A step of columns, scaled by c; false, with nothing written, where an element is not finite.
 template <class Op, class Src, class Dst>
@@ -54,8 +53,7 @@ FLATKERN_INLINE bool perturb_step(const Src* weight, Dst* out, const Normals& z,
     store_vector(out, after);
   } else {
     const VFloat limit = splat(overflow_of(out));
-    const VFloat first =
-        Op::apply(load(weight), scale, interleave_low(z.even, z.odd), elementwise);
+    const VFloat first = Op::apply(load(weight), scale, interleave_low(z.even, z.odd), elementwise);
     const VFloat second =
         Op::apply(load(weight + kLanes), scale, interleave_high(z.even, z.odd), elementwise);
     // Also true for NaN, which no comparison admits.
@@ -75,13 +73,13 @@ FLATKERN_INLINE void perturb_columns(const PerturbArgs& args, int64_t row, int64
   Dst* out = static_cast<Dst*>(args.out) + row * args.out_stride;
   c = usable_scale(c);
   const VFloat scale = splat(c);
-  constexpr Order kOrder_ = kOrder<Src, Dst>;
-  for_each_step<kOrder_>(
+  constexpr Order kSteps = kOrder<Src, Dst>;
+  for_each_step<kSteps>(
       args.window, row, begin, end,
       [&](int64_t j, const Normals& z) {
         if (perturb_step<Op>(weight + j, out + j, z, scale, elementwise)) return;
         float values[kStep];
-        spread<kOrder_>(z, values);
+        spread<kSteps>(z, values);
         one_by_one<Op>(weight + j, out + j, kStep, c, values, elementwise);
       },
       [&](int64_t j, int count, const float* values) {
