@@ -4,7 +4,7 @@ namespace flatkern::cpu::FLATKERN_ISA {
 
 // Work on the normals of several steps goes stage by stage: a stage's chain of dependent operations
 // is short enough for a processor to overlap several of them, a whole step's is not.
-constexpr int kBatch = 16;
+constexpr int kBatch = 32;
 
 // A pair of normals a lane.
 struct Batch {
@@ -13,7 +13,7 @@ struct Batch {
 };
 
 // Groups of a step in the order of 64-bit lanes. Memory order: 32-bit lane l has the pair of
-// columns 2 l and 2 l + 1. Split order: normal_columns() finds 128 bits of columns side by side.
+// columns 2 l and 2 l + 1. Split order: interleaving within 128 bits puts columns in order.
 enum class Order { kMemory, kSplit };
 
 // Words of `steps` steps, by pairs: (w0, w1) in even lanes and (w2, w3) in odd ones.
