@@ -27,15 +27,6 @@ FLATKERN_INLINE void store_fields(Scratch<T>& x, int64_t k, VUint field) {
   word = k % 64 == 0 ? bits : word | bits << k % 64;
 }
 
-// Words of a list entry: position and code share one where the code has 16 bits.
-template <class T>
-constexpr uint64_t kEntryWords = sizeof(T) == 4 ? 2 : 1;
-
-template <class T>
-uint64_t raw_words(int64_t count) {
-  return 1 + (count * sizeof(T) + 3) / 4;
-}
-
 template <class T>
 FLATKERN_INLINE uint32_t code_at(const T* p) {
   if constexpr (sizeof(T) == 2) return p->bits;
@@ -197,7 +188,7 @@ void write_fields(const Scratch<T>& x, int64_t count, bool stream, uint32_t list
 
 template <class T, bool kElementwise>
 void encode_chunk(const ResidualArgs& args, int64_t chunk) {
-  const ChunkSpan span = args.chunks.span(chunk);
+  const ChunkSpan span = args.chunks.span(static_cast<uint32_t>(chunk));
   const int64_t count = span.count();
   Scratch<T> x;
   gather(args.perturb, span, x.weight);
@@ -323,7 +314,7 @@ void decode_chunk(const ResidualArgs& args, int64_t chunk) {
   const ChunkMode mode = static_cast<ChunkMode>(entry & 3);
   const uint64_t offset = entry >> 2;
   if (mode == ChunkMode::kClean) return;
-  const ChunkSpan span = args.chunks.span(chunk);
+  const ChunkSpan span = args.chunks.span(static_cast<uint32_t>(chunk));
   Scratch<T> x;
   gather(args.perturb, span, x.noisy);
   const bool inside = offset < args.capacity;
