@@ -69,14 +69,14 @@ void scaled_noise(const PerturbArgs& args, const ChunkSpan& span, float* e) {
     const float c = usable_scale(args.row_scale[row]);
     const VFloat scale = splat(c);
     float* out = e + i * span.cols;
-    for_each_step(
+    for_each_step<Order::kSplit>(
         args.window, row, span.begin, span.begin + span.cols,
-        [&](int64_t j, VFloat first, VFloat second) {
-          store(out + (j - span.begin), scale * first);
-          store(out + (j - span.begin) + kLanes, scale * second);
+        [&](int64_t j, const Normals& z) {
+          store(out + (j - span.begin), scale * interleave_low(z.even, z.odd));
+          store(out + (j - span.begin) + kLanes, scale * interleave_high(z.even, z.odd));
         },
-        [&](int64_t j, int lane, int count, const float* values) {
-          for (int k = 0; k < count; ++k) out[j - span.begin + k] = c * values[lane + k];
+        [&](int64_t j, int count, const float* values) {
+          for (int k = 0; k < count; ++k) out[j - span.begin + k] = c * values[k];
         });
   }
   clear_padding(e, span.count());
