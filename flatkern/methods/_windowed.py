@@ -94,7 +94,7 @@ class Windowed(Method):
         gradients = {layer: WeightGradient(layer) for layer in self._frozen.values()}
         with self.noise.window(), recording(gradients):
             loss = self.mean_gradient(loss_fn, batches, weight)
-        factor = weight * float(self.scaled(torch.ones(())))
+        factor = weight * (1.0 if self.scaler is None else self.scaler.get_scale())
         squares = {name: gradients[layer].row_squares() for name, layer in self._frozen.items()}
         for name in self.noise.names:
             if name in trainable and trainable[name].grad is not None:
