@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flatkern import _backend, reference
 
@@ -39,17 +40,32 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     It is applied to (below, options, *arguments), with the keyword arguments that differ from their
     defaults in `options`, and its forward returns `below(*arguments, **options)`: the op itself.
     This is `torch.library.register_autograd` without what that does on every call to find out
-    about the schema, which takes longer than the rest of a small layer.
+    about the schema, which takes longer than the rest of a small layer; and with forward mode,
+    whose tangents that drops without a word.
     """
     op = getattr(torch.ops.flatkern, name).default
 
     def run(keyset: Any, *arguments: Any, **options: Any) -> Any:
         below = functools.partial(_below_autograd, op, keyset)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if reverse or forward_ad._current_level >= 0:
             return function.apply(below, options, *arguments)
         return below(*arguments, **options)
 
     _AUTOGRAD.impl(name, run, "Autograd", with_keyset=True)
+
+
+def call(
+    name: str, function: type[torch.autograd.Function], *arguments: Any, **options: Any
+) -> Any:
+    """Call `flatkern::name`, whose derivative is `function`, inside torch.func's transforms too.
+
+    They transform functions, and do not find the one that is applied below the dispatcher.
+    """
+    op = getattr(torch.ops.flatkern, name)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return function.apply(op, options, *arguments)
+    return op(*arguments, **options)
 
 
 def _below_autograd(op: Any, keyset: Any, *arguments: Any, **options: Any) -> Any:

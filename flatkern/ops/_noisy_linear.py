@@ -134,20 +134,24 @@ class Adapters:
         self, grad: Tensor, x: Tensor, grad_x: Tensor | None, need_A: bool, need_B: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """grad_x += s (grad B) A; return the gradients of A and B that are asked for."""
-        # Summed over blocks in at least float32.
-        wide = torch.promote_types(self.dtype, torch.float32)
-        grad_A = torch.zeros_like(self.lora_A, dtype=wide) if need_A else None
-        grad_B = torch.zeros_like(self.lora_B, dtype=wide) if need_B else None
+        parts_A, parts_B = [], []
         for tokens, (grad_here, x_here) in self._blocks(grad, x):
             down = (grad_here @ self.lora_B).mul_(self.scaling)
             if grad_x is not None:
                 _add(grad_x[tokens], down, self.lora_A)
-            if grad_A is not None:
-                grad_A += down.t() @ x_here
-            if grad_B is not None:
+            if need_A:
+                parts_A.append(down.t() @ x_here)
+            if need_B:
                 up = (x_here @ self.lora_A.t()).mul_(self.scaling)
-                grad_B += grad_here.t() @ up
-        return grad_A, grad_B
+                parts_B.append(grad_here.t() @ up)
+        return _sum(parts_A), _sum(parts_B)
+
+
+def _sum(parts: list[Tensor]) -> Tensor | None:
+    """Their sum, in at least float32 where there are several; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
 
 
 def _add(y: Tensor, left: Tensor, right: Tensor) -> None:

@@ -5,14 +5,14 @@ the vendor's product. Backward regenerates the same noise, so nothing of size m 
 """
 
 import contextlib
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from flatkern import _backend
 from flatkern.ops import _check
-from flatkern.ops._library import define, differentiate, implement
+from flatkern.ops._library import call, define, differentiate, implement
 from flatkern.ops._noisy_linear import Adapters, NoisyWeight, flat
 from flatkern.ops.perturb import check_values
 
@@ -92,7 +92,7 @@ def noisy_linear(
     _check.kinds(op, bool, elementwise=elementwise)
     _check.kinds(op, int, optional=True, scratch_bytes=scratch_bytes)
     _check.kinds(op, (int, torch.SymInt), row_offset=row_offset, col_offset=col_offset)
-    return torch.ops.flatkern.noisy_linear(
+    return call_noisy_linear(
         x,
         weight,
         bias,
@@ -110,6 +110,11 @@ def noisy_linear(
         compute_dtype=autocast_dtype(x),
         backend=_backend.named(),
     )
+
+
+def call_noisy_linear(*arguments: Any, **options: Any) -> Tensor:
+    """`torch.ops.flatkern.noisy_linear`, inside torch.func's transforms too; nothing is checked."""
+    return call("noisy_linear", _Derivative, *arguments, **options)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -194,7 +199,8 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options
         if lora_A is not None:
             branch_x = x2 if options.get("compute_dtype") is None else base_x
             _adapters(lora_A, lora_B, scaling, **options).add_product(y, branch_x)
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options):
@@ -219,7 +225,13 @@ def _backward(
             adapters = _adapters(lora_A, lora_B, scaling, **options)
             grad_A, grad_B = adapters.backward(grad2, x2, grad_x, need_A, need_B)
     gradients = (grad_x, x), (grad_A, lora_A), (grad_B, lora_B)
-    return [g.to(of.dtype).view(of.shape) for g, of in gradients if g is not None]
+    return [_like(gradient, of) for gradient, of in gradients if gradient is not None]
+
+
+def _like(result: Tensor, of: Tensor) -> Tensor:
+    """`result`, of as many elements, with the dtype and shape of `of`."""
+    result = result.to(of.dtype)
+    return result if of.dim() == 2 else result.view(of.shape)
 
 
 def _fake_backward(
@@ -233,10 +245,47 @@ implement("noisy_linear", _forward, _fake_forward)
 implement("noisy_linear_backward", _backward, _fake_backward)
 
 
+def _batched_forward(info, in_dims, *arguments, **options):
+    """torch.vmap: one call where x alone is batched, else one for each example."""
+    if all(dim is None for dim in in_dims[1:]):
+        x, *others = arguments
+        return torch.ops.flatkern.noisy_linear(x.movedim(in_dims[0], 0), *others, **options), 0
+    return torch.stack([*_examples("noisy_linear", info, in_dims, arguments, options)]), 0
+
+
+def _batched_backward(info, in_dims, *arguments, **options):
+    results = _examples("noisy_linear_backward", info, in_dims, arguments, options)
+    gradients = [torch.stack(each) for each in zip(*results, strict=True)]
+    return gradients, [0] * len(gradients)
+
+
+def _examples(op, info, in_dims, arguments, options):
+    """The op's results for each example in turn."""
+    for index in range(info.batch_size):
+        here = (
+            argument if dim is None else argument.select(dim, index)
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        )
+        yield getattr(torch.ops.flatkern, op)(*here, **options)
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise RuntimeError(
+        "noisy_linear: forward-mode derivatives are not supported; take them in reverse, "
+        "or perturb the weight in place"
+    )
+
+
 class _Derivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, below: Any, options: dict[str, Any], *arguments: Any) -> Tensor:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, row_scale, key = arguments
+    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> Tensor:
+        return below(*arguments, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, options, x, weight, bias, lora_A, lora_B, ctx.scaling, row_scale, key = inputs
         ctx.save_for_backward(x, weight, lora_A, lora_B, row_scale, key)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.options = options
@@ -244,7 +293,6 @@ class _Derivative(torch.autograd.Function):
         if options.get("backend") in (None, "auto"):
             backend = _backend.resolve(weight.device.type, weight.dtype)
             ctx.options = options | {"backend": backend}
-        return below(*arguments, **options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -253,12 +301,13 @@ class _Derivative(torch.autograd.Function):
         gradients = [None] * 5
         if need_x or need_A or need_B:
             adapted = lora_A, lora_B, ctx.scaling, row_scale, key
-            found = torch.ops.flatkern.noisy_linear_backward(
-                grad, x, weight, *adapted, need_x, need_A, need_B, **ctx.options
+            arguments = grad, x, weight, *adapted, need_x, need_A, need_B
+            found = iter(
+                call("noisy_linear_backward", _NoSecondDerivative, *arguments, **ctx.options)
             )
             for index, need in ((0, need_x), (3, need_A), (4, need_B)):
                 if need:
-                    gradients[index] = found.pop(0)
+                    gradients[index] = next(found)
         if need_weight or need_bias:
             dtype = ctx.options.get("compute_dtype") or weight.dtype
             with _autocast_off(x.device.type):
@@ -269,11 +318,25 @@ class _Derivative(torch.autograd.Function):
                     gradients[2] = grad2.sum(0).to(ctx.bias_dtype)
         return None, None, *gradients, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        _refuse_forward_mode()
+
 
 class _NoSecondDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, below: Any, options: dict[str, Any], *arguments: Any) -> tuple[Tensor]:
+    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(below(*arguments, **options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        _refuse_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -285,3 +348,5 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 differentiate("noisy_linear", _Derivative)
 differentiate("noisy_linear_backward", _NoSecondDerivative)
+torch.library.register_vmap("flatkern::noisy_linear", _batched_forward)
+torch.library.register_vmap("flatkern::noisy_linear_backward", _batched_backward)
