@@ -66,6 +66,40 @@ def test_a_graph_replays_with_the_noise_of_the_key_in_its_tensor(backend, dtype)
             assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_graph_of_a_training_step_sees_each_windows_noise(backend, autocast):
+    torch.manual_seed(0)
+    layers = [flatkern.nn.LoRALinear(96, 96, device="cuda", dtype=torch.float32) for _ in range(2)]
+    model = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1])
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(40, 96, device="cuda")
+    noise = flatkern.WeightNoise(model, 0.3)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            loss = model(x).float().square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), noise.window(step=0):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with noise.window(step=0), torch.cuda.graph(graph):
+        captured = step()
+    losses = set()
+    for number in (7, 8):
+        with noise.window(step=number):
+            graph.replay()
+            for got, expected in zip(captured, step(), strict=True):
+                assert_same_bits(got, expected)
+            losses.add(captured[0].item())
+    assert len(losses) == 2
+
+
 def test_nothing_synchronises(backend):
     arguments = problem()
     all_ops(*arguments)
