@@ -18,6 +18,11 @@ from triton.compiler import ASTSource
 from bench.sass import Report, analyse
 from flatkern import triton as kernels
 from flatkern.triton.noise import noise_kernel, philox_bits_kernel
+from flatkern.triton.noisy_linear import (
+    noisy_linear_grad_x_kernel,
+    noisy_linear_kernel,
+    noisy_linear_sum_kernel,
+)
 from flatkern.triton.perturb import perturb_kernel
 from flatkern.triton.perturb_merged import perturb_merged_kernel
 from flatkern.triton.row_norm import row_norm_kernel
@@ -25,6 +30,9 @@ from flatkern.triton.row_norm import row_norm_kernel
 JIT = (
     noise_kernel,
     philox_bits_kernel,
+    noisy_linear_kernel,
+    noisy_linear_grad_x_kernel,
+    noisy_linear_sum_kernel,
     perturb_kernel,
     perturb_merged_kernel,
     row_norm_kernel,
@@ -49,7 +57,7 @@ class Launch:
 
 
 def record(call: Callable[[], object]) -> Launch:
-    """What `call` would launch; nothing runs."""
+    """What `call` would launch first; nothing runs."""
     launches = []
 
     def run_of(kernel):
@@ -69,8 +77,7 @@ def record(call: Callable[[], object]) -> Launch:
     finally:
         for patch in patches:
             patch.stop()
-    (launch,) = launches
-    return launch
+    return launches[0]
 
 
 def compile_for(launch: Launch, arch: int) -> bytes:
@@ -148,6 +155,20 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
                 found[f"row_norm {name} rank {rank}"] = norm, size
                 if weight.shape[1] * size <= 8192:
                     found[f"perturb_merged_ {name} rank {rank}"] = merged, size
+    for tokens in (64, 256):
+        weight = tensor(torch.bfloat16, COLS)
+        x, scale = tensor(torch.bfloat16, tokens), torch.empty(COLS)
+
+        def product(op, weight=weight, x=x, scale=scale):
+            return lambda: op(x, weight, scale, key)
+
+        name = f"bfloat16 {tokens} tokens"
+        found[f"noisy_linear {name}"] = product(kernels.noisy_linear), 2
+        found[f"noisy_linear_grad_x {name}"] = product(kernels.noisy_linear_grad_x), 2
+    found["noisy_linear float32 to bfloat16 256 tokens"] = (
+        product(kernels.noisy_linear, tensor(torch.float32, COLS)),
+        2,
+    )
     return found
 
 
@@ -170,6 +191,9 @@ def report_of(launch: Launch, arch: int, element_bytes: int, name: str) -> Repor
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compile_for(launch, arch))
         (found,) = analyse(cubin, element_bytes)
+    if name.startswith("noisy_linear"):
+        # What they store, once, says nothing of the loop over the weight.
+        found = replace(found, per_element=None)
     return replace(found, kernel=f"Triton {name}")
 
 

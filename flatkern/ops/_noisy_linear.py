@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatkern import _backend
+from flatkern.ops._cost import DEFAULT_SCRATCH_BYTES, choose
 from flatkern.ops._library import kernel
-
-DEFAULT_SCRATCH_BYTES = 32 * 2**20
 
 
 def flat(x: Tensor) -> Tensor:
@@ -51,6 +51,8 @@ class NoisyWeight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W_noisy^T + b, [tokens, m], from x [tokens, n] and b [m] of the same dtype."""
         rows, cols = self.weight.shape
+        if self._is_fused(x.shape[0], False):
+            return self._fused("noisy_linear", x, bias=bias)
         cuts = panels(rows, cols * self.dtype.itemsize, self.scratch_bytes)
         scratch = x.new_empty(cuts[0][1] * cols)
         if len(cuts) == 1:
@@ -71,6 +73,8 @@ class NoisyWeight:
         In column panels: no reduction is split, and none accumulates in 16 bits.
         """
         rows, cols = self.weight.shape
+        if self._is_fused(grad.shape[0], True):
+            return self._fused("noisy_linear_grad_x", grad)
         cuts = panels(cols, rows * self.dtype.itemsize, self.scratch_bytes)
         scratch = grad.new_empty(rows * cuts[0][1])
         if len(cuts) == 1:
@@ -80,6 +84,30 @@ class NoisyWeight:
             noisy = self._panel(scratch, self.weight[:, begin:end], 0, begin)
             torch.mm(grad, noisy, out=grad_x[:, begin:end])
         return grad_x
+
+    def _is_fused(self, tokens: int, transposed: bool) -> bool:
+        """Whether the product makes its noise itself, which Triton's kernels alone do."""
+        device, backend = self.weight.device, self.backend
+        if device.type != "cuda":
+            return False
+        if _backend.resolve(device.type, self.weight.dtype, backend) != "triton":
+            return False
+        capability = torch.cuda.get_device_capability(device)
+        options = {"transposed": transposed, "scratch_bytes": self.scratch_bytes}
+        way = choose(tokens, *self.weight.shape, self.dtype, capability, **options)
+        return way == "fused"
+
+    def _fused(self, op: str, x: Tensor, **options: Tensor | None) -> Tensor:
+        return kernel(op, self.weight, self.backend)(
+            x,
+            self.weight,
+            self.row_scale,
+            self.key,
+            elementwise=self.elementwise,
+            row_offset=self.row_offset,
+            col_offset=self.col_offset,
+            **options,
+        )
 
     def _panel(self, scratch: Tensor, weight: Tensor, row: int, col: int) -> Tensor:
         """The noisy values of `weight`, a part that begins at (row, col), dense in `scratch`."""
