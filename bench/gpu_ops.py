@@ -51,7 +51,7 @@ class Cell:
 def plan(rehearse: bool) -> list[Cell]:
     """Every cell that a complete run fills."""
     shapes = [(40, 72), (24, 72)] if rehearse else [(4096, 4096), (11008, 4096)]
-    tokens = [4] if rehearse else [64, 512, 2048, 8192]
+    tokens = [4] if rehearse else [64, 256, 512, 2048, 8192]
     cells = []
     for (rows, cols), dtype, op in itertools.product(shapes, ("bfloat16", "float32"), OPS):
         if op == "noise" and dtype != "float32":

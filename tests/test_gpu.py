@@ -217,3 +217,48 @@ def test_auto_takes_the_compiled_kernels():
     usable = flatkern.available_backends("cuda")
     assert info["auto"]["cuda"] == usable[0]
     assert usable[0] in ("cuda", "triton"), info["backends"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 100, 256, 300])
+@pytest.mark.parametrize(("rows", "cols", "offset"), [(4096, 512, 0), (300, 523, 3)])
+def test_products_that_make_their_noise(dtype, tokens, rows, cols, offset):
+    if "triton" not in flatkern.available_backends("cuda"):
+        pytest.skip("triton is not usable here")
+    kernels = pytest.importorskip("flatkern.triton")
+    weight, _, _, scale, key = problem(rows, cols, dtype)
+    options = {"row_offset": 5, "col_offset": offset}
+    noisy = kernels.perturb(weight, scale, key, **options)
+    # Tensor cores add exact products in float32, in an order of their own.
+    units = torch.eye(cols, dtype=dtype, device="cuda")[:tokens]
+    y = kernels.noisy_linear(units, weight, scale, key, **options)
+    assert torch.equal(y, noisy.t()[:tokens])
+    for op, length, matrix in (
+        (kernels.noisy_linear, cols, noisy.t()),
+        (kernels.noisy_linear_grad_x, rows, noisy),
+    ):
+        x = torch.randn(tokens, length, device="cuda").to(dtype)
+        got = op(x, weight, scale, key, **options)
+        exact, size = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
+        bound = torch.finfo(dtype).eps * exact.abs() + (length + 2) * 2.0**-24 * size
+        assert ((got.double() - exact).abs() <= bound).all()
+        assert torch.equal(op(x, weight, scale, key, **options), got), "sums have one order"
+
+
+def test_few_tokens_take_the_fused_product(monkeypatch):
+    if "triton" not in flatkern.available_backends("cuda"):
+        pytest.skip("triton is not usable here")
+    kernels = pytest.importorskip("flatkern.triton")
+    called = []
+    for name in ("noisy_linear", "noisy_linear_grad_x"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels,
+            name,
+            lambda *a, name=name, kernel=kernel, **k: called.append(name) or kernel(*a, **k),
+        )
+    monkeypatch.setattr("flatkern.ops._noisy_linear.choose", lambda *a, **k: "fused")
+    weight, lora_A, lora_B, scale, key = problem()
+    with flatkern.backend("triton"):
+        all_ops(weight, lora_A, lora_B, scale, key)
+    assert called == ["noisy_linear", "noisy_linear_grad_x"]
