@@ -12,6 +12,7 @@ import time
 import torch
 
 import flatkern
+from bench.bits import changed
 from flatkern import ops
 from flatkern.ops.residual import pool_need
 
@@ -32,14 +33,13 @@ def noise_values(dtype: torch.dtype, count: int) -> torch.Tensor:
 
 def count_wrong(weight: torch.Tensor, scale: torch.Tensor, elementwise: bool) -> tuple[int, int]:
     """Wrong bit patterns after a window, and the bytes that the residual took."""
-    integer = torch.int32 if weight.dtype == torch.float32 else torch.int16
     work, residual = weight.clone(), ops.new_residual(weight)
     ops.perturb_(work, scale, KEY, elementwise=elementwise, residual=residual)
     noisy = ops.perturb(weight, scale, KEY, elementwise=elementwise)
-    wrong = int((work.view(integer) != noisy.view(integer)).sum())
+    wrong = changed(work, noisy)
     size = pool_need(residual)[0]
     ops.restore_(work, scale, KEY, elementwise=elementwise, residual=residual)
-    return wrong + int((work.view(integer) != weight.view(integer)).sum()), size
+    return wrong + changed(work, weight), size
 
 
 def report(name: str, pairs: int, wrong: int, size: int, begin: float) -> int:

@@ -5,6 +5,7 @@ as soon as it is known. No op is timed whose gate has not passed.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 import flatkern
 from bench import baselines
 from flatkern import ops
+from flatkern.ops.residual import is_available
 
-OPS = ("noise", "row_norm", "row_norm rank 64", "perturb", "restore", "perturb_merged")
+OPS = ("noise", "row_norm", "row_norm rank 64", "perturb", "restore", "perturb_merged", "window")
 FLATKERN = ("cuda", "triton")
 BASELINES = ("copy", "published", "eager", "compiled")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,9 +72,10 @@ def plan(rehearse: bool) -> list[Cell]:
 
 def _has(provider: str, op: str) -> bool:
     missing = {
-        "published": {"noise"},
-        "compiled": {"noise", "restore", "row_norm rank 64"},
-        "eager": {"restore"},
+        "published": {"noise", "window"},
+        "compiled": {"noise", "restore", "row_norm rank 64", "window"},
+        "eager": {"restore", "window"},
+        "triton": {"window"},
     }
     return op not in missing.get(provider, ())
 
@@ -96,6 +99,11 @@ class Inputs:
         self.exact_norm = self.merged(*self.adapters).norm(dim=1)
         self.norm = self.exact_norm.float()[:, None]
         self.row_scale = (self.exact_norm * (SIGMA / math.sqrt(cols))).float()
+
+    @functools.cached_property
+    def residual(self) -> torch.Tensor:
+        """Of this weight, with room for everything."""
+        return ops.new_residual(self.weight)
 
     def merged(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
         """W + s B A in float64, without cuBLAS: sanitizers run this."""
@@ -131,6 +139,7 @@ def provide(op: str, provider: str, i: Inputs, compiled: dict) -> Callable[[], o
         ("restore", "published"): lambda: baselines.published_restore_(
             i.weight, i.norm, SIGMA, SEED
         ),
+        ("window", "flatkern"): lambda: _window(i),
         ("perturb_merged", "flatkern"): lambda: ops.perturb_merged_(
             i.weight, *i.adapters, SIGMA, i.key
         ),
@@ -139,6 +148,8 @@ def provide(op: str, provider: str, i: Inputs, compiled: dict) -> Callable[[], o
         ),
     }
     table["perturb_merged", "published"] = table["perturb", "published"]
+    if name == "copy" and op == "window":
+        return lambda: (i.out.copy_(i.weight), i.weight.copy_(i.out))
     if name == "copy":
         return lambda: i.out.copy_(i.weight)
     if name != "compiled":
@@ -153,6 +164,12 @@ def provide(op: str, provider: str, i: Inputs, compiled: dict) -> Callable[[], o
         "perturb_merged": (i.weight, *i.adapters, SIGMA),
     }[op]
     return lambda: function(*arguments)
+
+
+def _window(i: Inputs) -> None:
+    """Perturb and restore to the exact bit."""
+    ops.perturb_(i.weight, i.row_scale, i.key, residual=i.residual)
+    ops.restore_(i.weight, i.row_scale, i.key, residual=i.residual)
 
 
 def measure(calls: list[Callable[[], object]], graph: bool) -> dict[str, object]:
@@ -239,6 +256,14 @@ def gate(op: str, i: Inputs) -> None:
             ops.restore_(weight, c, i.key)
             largest = torch.maximum(i.weight.abs(), noisy.abs())
             within(weight, i.weight, slack + 2 * step(largest, weight.dtype), op)
+    elif op == "window":
+        residual = ops.new_residual(weight)
+        ops.perturb_(weight, c, i.key, residual=residual)
+        ops.check_residual(residual)
+        assert torch.equal(weight, ops.perturb(i.weight, c, i.key)), "window: not perturb's bits"
+        ops.restore_(weight, c, i.key, residual=residual)
+        ops.check_residual(residual)
+        assert torch.equal(weight, i.weight), "window: bits changed"
     elif op == "perturb_merged":
         parts = i.weight.clone()
         c = ops.row_norm(parts, *i.adapters) * (SIGMA / math.sqrt(cols))
@@ -354,7 +379,8 @@ def exercise(device: torch.device) -> None:
     for (rows, cols), dtype in itertools.product(((37, 264), (5, 4099)), DTYPES.values()):
         i = Inputs(rows, cols, dtype, device, 1)
         for op in OPS:
-            gate(op, i)
+            if op != "window" or is_available(i.weight):
+                gate(op, i)
         # The paths for rows that are not aligned, and for restore and elementwise noise.
         wide = torch.zeros(rows, cols + 1, dtype=dtype, device=device)
         wide[:, 1:].copy_(i.weight)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import flatkern
 from bench import baselines
+from bench.bits import changed
 from bench.run import conditions
 from flatkern.nn import replace_linear
 
@@ -63,6 +65,7 @@ def special_weight(dtype: torch.dtype) -> Tensor:
     return weight
 
 
+@cache
 def minilm_layer() -> dict[str, Tensor]:
     from flatkern.demo import model
 
@@ -71,17 +74,12 @@ def minilm_layer() -> dict[str, Tensor]:
     return {n: m.weight.detach() for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
-def sets_of(dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """The published algorithm runs on the first of each."""
-    return {
-        "random": [random_weight().to(dtype)],
-        "special": [special_weight(dtype)],
-        "MiniLM layer": [weight.to(dtype) for weight in minilm_layer().values()],
-    }
-
-
-def bits(weight: Tensor) -> Tensor:
-    return weight.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
+# Sets of weights in a dtype; the published algorithm runs on the first of each.
+KINDS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {
+    "random": lambda dtype: [random_weight().to(dtype)],
+    "special": lambda dtype: [special_weight(dtype)],
+    "MiniLM layer": lambda dtype: [weight.to(dtype) for weight in minilm_layer().values()],
+}
 
 
 def layers(weights: list[Tensor]) -> nn.ModuleList:
@@ -107,13 +105,10 @@ def with_residual(weights: list[Tensor], windows: int, tick: Callable[[], None])
             pass
         tick()
     seconds = time.perf_counter() - begin
-    changed = sum(
-        int((bits(layer.weight.detach()) != bits(weight)).sum())
-        for layer, weight in zip(model, weights, strict=True)
-    )
+    wrong = sum(changed(layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
     elements = sum(weight.numel() for weight in weights)
     held = sum(target.keeper.nbytes() for target in noise._targets)
-    return changed, 8 * held / elements, 1e3 * seconds / windows
+    return wrong, 8 * held / elements, 1e3 * seconds / windows
 
 
 def published(weight: Tensor, windows: int, tick: Callable[[], None]) -> tuple[float, float]:
@@ -127,9 +122,8 @@ def published(weight: Tensor, windows: int, tick: Callable[[], None]) -> tuple[f
         norm = baselines.published_perturb_(work, *lora, SIGMA, step)
         baselines.published_restore_(work, norm, SIGMA, step)
         tick()
-    changed = (bits(work) != bits(weight)).double().mean().item()
     drift = (work.double() - weight.double()).norm() / weight.double().norm()
-    return changed, drift.item()
+    return changed(work, weight) / weight.numel(), drift.item()
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -162,7 +156,8 @@ def main() -> int:
     with torch.no_grad(), tqdm(total=2 * 9 * args.windows, unit="window") as bar:
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
-            for kind, weights in sets_of(dtype).items():
+            for kind, weights_in in KINDS.items():
+                weights = weights_in(dtype)
                 bar.set_description(f"{kind}, {name}")
                 exact = with_residual(weights, args.windows, bar.update)
                 drift = published(weights[0], args.windows, bar.update)

@@ -8,12 +8,33 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
+#include <vector>
 
-#include "numeric.h"
+#include "residual.h"
 
 namespace flatkern {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Where a residual's parts lie.
+struct ResidualParts {
+  ResidualHeader* header;
+  uint32_t *directory, *pool;
+  uint64_t capacity;  // words
+};
+
+inline ResidualParts parts_of(const at::Tensor& residual, const Chunks& chunks) {
+  const int64_t pool = kResidualHeader + chunks.directory_bytes();
+  auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
+  TORCH_CHECK(residual.scalar_type() == at::kByte && residual.is_contiguous() &&
+                  residual.numel() >= pool && reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
+              "flatkern: residual must be aligned uint8 of the weight's size or more");
+  return {reinterpret_cast<ResidualHeader*>(bytes),
+          reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
+          reinterpret_cast<uint32_t*>(bytes + pool),
+          static_cast<uint64_t>(residual.numel() - pool) / 4};
+}
 
 template <class Backend>
 struct Ops {
@@ -42,6 +63,11 @@ struct Ops {
     TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, Backend::kName, ": columns must be adjacent");
     TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), Backend::kName,
                 ": rows must not overlap");
+  }
+
+  static void check_one_device(const at::Tensor& t, const at::Tensor& first) {
+    TORCH_CHECK(t.device() == first.device(), Backend::kName,
+                ": all tensors must be on one device");
   }
 
   // The key's four words in a row; the caller keeps the tensor until its kernel is launched.
@@ -107,7 +133,7 @@ struct Ops {
                           int64_t col_offset, at::Tensor& out) {
     const at::Tensor words = words_of(key);
     Backend::perturb(
-        out, perturb_args(weight, out, words, row_scale, elementwise, row_offset, col_offset));
+        out, {perturb_args(weight, out, words, row_scale, elementwise, row_offset, col_offset)});
   }
 
   static at::Tensor perturb(const at::Tensor& weight, const at::Tensor& row_scale,
@@ -120,36 +146,65 @@ struct Ops {
     return out;
   }
 
-  static void check_no_residual(const OptionalTensor& residual) {
-    TORCH_CHECK(!residual.has_value(), Backend::kName, ": residual must be None");
+  // Whether two of the tensors may share memory: then they are written one after the other.
+  static bool overlap(const std::vector<PerturbArgs>& tensors) {
+    std::vector<std::pair<uintptr_t, uintptr_t>> extents;
+    for (const PerturbArgs& args : tensors) {
+      const int64_t rows = args.window.rows, cols = args.window.cols;
+      if (rows == 0 || cols == 0) continue;
+      const int64_t bytes = args.out_dtype == Dtype::kFloat32 ? 4 : 2;
+      const auto begin = reinterpret_cast<uintptr_t>(args.out);
+      extents.emplace_back(begin, begin + ((rows - 1) * args.out_stride + cols) * bytes);
+    }
+    std::sort(extents.begin(), extents.end());
+    for (size_t i = 1; i < extents.size(); ++i) {
+      if (extents[i].first < extents[i - 1].second) return true;
+    }
+    return false;
   }
 
-  static void perturb_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
-                       bool elementwise, const OptionalTensor& residual, int64_t row_offset,
-                       int64_t col_offset) {
-    if constexpr (Backend::kHasResidual) {
-      if (residual.has_value()) {
-        const at::Tensor words = words_of(key);
-        return Backend::perturb_residual(
-            perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset),
-            *residual);
-      }
-    }
-    check_no_residual(residual);
-    perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, weight);
+  // Tensors on one device that share no memory; a residual for each, or none at all.
+  // Tensors on one device that share no memory; a residual for each, or none at all.
+  template <bool Restores>
+  static void run_inplace(const at::Tensor& on, const std::vector<PerturbArgs>& tensors,
+                          at::TensorList residuals) {
+    if (residuals.empty()) return (Restores ? Backend::restore : Backend::perturb)(on, tensors);
+    for (const at::Tensor& residual : residuals) check_one_device(residual, on);
+    (Restores ? Backend::restore_residual : Backend::perturb_residual)(tensors, residuals);
   }
 
-  static void restore_(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
-                       bool elementwise, const OptionalTensor& residual, int64_t row_offset,
-                       int64_t col_offset) {
-    const at::Tensor words = words_of(key);
-    const PerturbArgs args =
-        perturb_args(weight, weight, words, row_scale, elementwise, row_offset, col_offset);
-    if constexpr (Backend::kHasResidual) {
-      if (residual.has_value()) return Backend::restore_residual(args, *residual);
+  template <bool Restores>
+  static void foreach_inplace(at::TensorList weights, at::TensorList row_scales,
+                              at::TensorList keys, bool elementwise, at::TensorList residuals,
+                              at::IntArrayRef row_offsets, at::IntArrayRef col_offsets) {
+    const size_t count = weights.size();
+    TORCH_CHECK(row_scales.size() == count && keys.size() == count &&
+                    (residuals.empty() || residuals.size() == count) &&
+                    row_offsets.size() == count && col_offsets.size() == count,
+                Backend::kName, ": lists must be of one length");
+    if (count == 0) return;
+    std::vector<at::Tensor> words;
+    std::vector<PerturbArgs> tensors;
+    for (size_t i = 0; i < count; ++i) {
+      check_one_device(weights[i], weights[0]);
+      words.push_back(words_of(keys[i]));
+      tensors.push_back(perturb_args(weights[i], weights[i], words[i], row_scales[i], elementwise,
+                                     row_offsets[i], col_offsets[i]));
     }
-    check_no_residual(residual);
-    Backend::restore(weight, args);
+    if (!overlap(tensors)) return run_inplace<Restores>(weights[0], tensors, residuals);
+    for (size_t i = 0; i < count; ++i) {
+      run_inplace<Restores>(weights[0], {tensors[i]},
+                            residuals.empty() ? residuals : residuals.slice(i, 1));
+    }
+  }
+
+  template <bool Restores>
+  static void inplace(at::Tensor& weight, const at::Tensor& row_scale, const at::Tensor& key,
+                      bool elementwise, const OptionalTensor& residual, int64_t row_offset,
+                      int64_t col_offset) {
+    foreach_inplace<Restores>(weight, row_scale, key, elementwise,
+                              residual ? at::TensorList(*residual) : at::TensorList(), row_offset,
+                              col_offset);
   }
 
   // The adapters as the row norm reads them: float32, B times scaling, A padded with zeros and
@@ -199,8 +254,31 @@ struct Ops {
                              const OptionalTensor& lora_B, double scaling) {
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
     at::Tensor norm = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
-    Backend::row_norm(norm, row_norm_args(weight, adapters, norm));
+    Backend::row_norm(norm, {row_norm_args(weight, adapters, norm)});
     return norm;
+  }
+
+  // All tensors on one device.
+  static std::vector<at::Tensor> foreach_row_norm(at::TensorList weights, at::TensorList lora_As,
+                                                  at::TensorList lora_Bs,
+                                                  at::ArrayRef<double> scalings) {
+    const size_t count = weights.size();
+    TORCH_CHECK(scalings.size() == count && lora_As.size() == lora_Bs.size() &&
+                    (lora_As.empty() || lora_As.size() == count),
+                Backend::kName, ": lists must be of one length");
+    std::vector<at::Tensor> norms;
+    std::vector<Adapters> adapters;
+    std::vector<RowNormArgs> tensors;
+    for (size_t i = 0; i < count; ++i) {
+      check_one_device(weights[i], weights[0]);
+      adapters.push_back(lora_As.empty()
+                             ? Adapters{}
+                             : prepare_adapters(weights[i], lora_As[i], lora_Bs[i], scalings[i]));
+      norms.push_back(at::empty({weights[i].size(0)}, weights[i].options().dtype(at::kFloat)));
+      tensors.push_back(row_norm_args(weights[i], adapters[i], norms[i]));
+    }
+    if (count != 0) Backend::row_norm(norms[0], tensors);
+    return norms;
   }
 
   static at::Tensor perturb_merged_(at::Tensor& weight, const OptionalTensor& lora_A,
@@ -208,7 +286,7 @@ struct Ops {
                                     const at::Tensor& key, bool elementwise,
                                     const OptionalTensor& residual, int64_t row_offset) {
     // With a residual, flatkern/ops runs row_norm and perturb_.
-    check_no_residual(residual);
+    TORCH_CHECK(!residual.has_value(), Backend::kName, ": residual must be None");
     const at::Tensor words = words_of(key);
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
     at::Tensor row_scale = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
@@ -225,9 +303,12 @@ struct Ops {
     m.impl("row_norm", row_norm);
     m.impl("perturb", perturb);
     m.impl("perturb.out", perturb_out);
-    m.impl("perturb_", perturb_);
-    m.impl("restore_", restore_);
+    m.impl("perturb_", inplace<false>);
+    m.impl("restore_", inplace<true>);
     m.impl("perturb_merged_", perturb_merged_);
+    m.impl("foreach_row_norm", foreach_row_norm);
+    m.impl("foreach_perturb_", foreach_inplace<false>);
+    m.impl("foreach_restore_", foreach_inplace<true>);
   }
 };
 

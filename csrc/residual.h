@@ -1,24 +1,87 @@
-// The layout of a residual: chunks, directory and pool. Host and device.
+// The layout of a residual: header, chunks, directory and pool. Host and device.
 //
-// What it means is written down in flatkern/reference/residual.py; flatkern/ops/_residual.py keeps
-// the header, of which kernels write the counters alone.
+// What it means is written down in flatkern/reference/residual.py. Of the header the CPU kernels
+// write the counters alone, and flatkern/ops/_residual.py the rest; the CUDA kernels keep it
+// themselves, so that no call waits for a copy to the host.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
-#include "philox.h"
+#include "numeric.h"
 
 namespace flatkern {
 
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kResidualHeader = 128;
-// Byte offsets of the counters.
-constexpr int64_t kResidualAsked = 80, kResidualClean = 88, kResidualMismatched = 96;
+constexpr uint32_t kResidualMagic = 0x31524B46u;  // FKR1
+constexpr uint16_t kResidualVersion = 1;
+enum ResidualState : uint32_t { kEmpty, kFilled };
+
+// Why a CUDA kernel did nothing: bits of `refused`, in the order of _residual.REFUSALS.
+enum Refusal : uint32_t {
+  kOtherBytes = 1u << 0,
+  kOtherWeight = 1u << 1,
+  kAlreadyFilled = 1u << 2,
+  kNotFilled = 1u << 3,
+  kOtherImplementation = 1u << 4,
+  kOtherElementwise = 1u << 5,
+  kOtherRowOffset = 1u << 6,
+  kOtherColOffset = 1u << 7,
+  kOtherSeed = 1u << 8,
+  kOtherStep = 1u << 9,
+  kOtherDraw = 1u << 10,
+  kOtherTensor = 1u << 11,
+  kOtherRowScale = 1u << 12,
+};
+
+// As flatkern.ops._residual.Header; zeros follow.
+struct ResidualHeader {
+  uint32_t magic;
+  uint16_t version;
+  uint8_t dtype, elementwise;
+  uint64_t rows, cols, row_offset, col_offset;
+  uint32_t seed, step, draw, tensor;
+  uint64_t implementation, row_scale;
+  uint64_t capacity, asked;  // words
+  uint32_t clean, state, mismatched;
+  uint32_t refused;
+};
+static_assert(offsetof(ResidualHeader, seed) == 40 && offsetof(ResidualHeader, asked) == 80 &&
+              offsetof(ResidualHeader, refused) == 100 &&
+              sizeof(ResidualHeader) <= kResidualHeader);
+
 // A directory entry is word_offset << 2 | mode.
 constexpr uint64_t kMaxPayloadOffset = uint64_t{1} << 30;
 constexpr uint32_t kCheckMultiplier = 0x9E3779B1u;
 // Low bits that all codes of a chunk share as zeros: float32 that holds 16-bit values.
 constexpr int kMinGrid = 8, kMaxGrid = 16;
+
+// Bits of the significand, and 2^E for the smallest exponent that a gap is taken from.
+template <class T>
+struct Precision;
+template <>
+struct Precision<BFloat16> {
+  static constexpr uint32_t kBits = 8, kMinExponent = 27u << 23;
+};
+template <>
+struct Precision<Float16> {
+  static constexpr uint32_t kBits = 11, kMinExponent = 113u << 23;
+};
+template <>
+struct Precision<float> {
+  static constexpr uint32_t kBits = 24, kMinExponent = 27u << 23;
+};
+
+// Words of a list entry: position and code share one where the code has 16 bits.
+template <class T>
+constexpr uint32_t kEntryWords = sizeof(T) == 4 ? 2 : 1;
+
+// Words of a chunk in mode RAW: the check word, then W.
+template <class T>
+FLATKERN_HD constexpr uint32_t raw_words(int64_t count) {
+  return static_cast<uint32_t>(1 + (count * static_cast<int64_t>(sizeof(T)) + 3) / 4);
+}
 
 enum class ChunkMode : uint32_t { kClean, kPacked, kGrid, kRaw };
 
@@ -28,19 +91,25 @@ struct ChunkSpan {
   FLATKERN_HD int64_t count() const { return rows * cols; }
 };
 
+// Divides in 32 bits, which hold the number of a chunk and the columns of a short row: a 64-bit
+// division is a call on the device.
 struct Chunks {
   int64_t rows, cols;
 
-  FLATKERN_HD int64_t rows_per_chunk() const {
-    return cols >= kChunk || cols == 0 ? 1 : kChunk / cols;
+  FLATKERN_HD uint32_t rows_per_chunk() const {
+    return cols >= kChunk || cols == 0
+               ? 1
+               : static_cast<uint32_t>(kChunk) / static_cast<uint32_t>(cols);
   }
-  FLATKERN_HD int64_t per_row() const { return (cols + kChunk - 1) / kChunk; }
+  FLATKERN_HD uint32_t per_row() const {
+    return static_cast<uint32_t>((cols + kChunk - 1) / kChunk);
+  }
   FLATKERN_HD int64_t count() const {
     return (rows + rows_per_chunk() - 1) / rows_per_chunk() * per_row();
   }
-  FLATKERN_HD ChunkSpan span(int64_t chunk) const {
-    const int64_t row = chunk / per_row() * rows_per_chunk();
-    const int64_t begin = chunk % per_row() * kChunk;
+  FLATKERN_HD ChunkSpan span(uint32_t chunk) const {
+    const int64_t row = static_cast<int64_t>(chunk / per_row()) * rows_per_chunk();
+    const int64_t begin = static_cast<int64_t>(chunk % per_row()) * kChunk;
     const int64_t rows_left = rows - row, cols_left = cols - begin;
     return {row, rows_left < rows_per_chunk() ? rows_left : rows_per_chunk(), begin,
             cols_left < kChunk ? cols_left : kChunk};

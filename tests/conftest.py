@@ -41,7 +41,7 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("reference", ("cpu",), False, True, False, False, True),
     Implementation("cpu", ("cpu",), False, False, True, True, True),
-    Implementation("cuda", ("cuda",), True, False, True, True, False),
+    Implementation("cuda", ("cuda",), True, False, True, True, True),
     Implementation("triton", ("cuda", "cpu"), True, False, True, True, False),
 )
 

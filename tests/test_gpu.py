@@ -185,6 +185,107 @@ def test_beyond_int32(backend, cols):
     assert_same_bits(weight[last], tail)
 
 
+@pytest.fixture
+def cuda_kernels():
+    if "cuda" not in flatkern.available_backends("cuda"):
+        pytest.skip("cuda is not usable here")
+    with flatkern.backend("cuda"):
+        yield
+
+
+def residual_window(rows=40, cols=4112, dtype=torch.bfloat16, **options):
+    """(weight, its clean copy, residual, arguments of perturb_ and restore_)."""
+    weight, *_, scale, key = problem(rows, cols, dtype)
+    residual = ops.new_residual(weight)
+    return weight, weight.clone(), residual, {"row_scale": scale, "key": key, **options}
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1, 1), (3000, 7), (700, 8), (300, 1000), (40, 4097), (4096, 4096)]
+)
+def test_windows_with_a_residual_are_exact(cuda_kernels, rows, cols, dtype, elementwise):
+    weight, clean, residual, where = residual_window(rows, cols, dtype, elementwise=elementwise)
+    weight.view(-1)[::97] = math.nan
+    clean.copy_(weight)
+    for _ in range(3):
+        ops.perturb_(weight, **where, residual=residual)
+        ops.check_residual(residual)
+        assert_same_bits(weight, ops.perturb(clean, **where))
+        ops.restore_(weight, **where, residual=residual)
+        ops.check_residual(residual)
+        assert_same_bits(weight, clean)
+
+
+def test_a_residual_refuses_at_the_next_check(cuda_kernels):
+    weight, clean, residual, where = residual_window()
+    ops.restore_(weight, **where, residual=residual)
+    with pytest.raises(RuntimeError, match="residual is empty"):
+        ops.check_residual(residual)
+    ops.perturb_(weight, **where, residual=residual)
+    noisy = weight.clone()
+    ops.perturb_(weight, **where, residual=residual)
+    with pytest.raises(RuntimeError, match="filled by an earlier"):
+        ops.check_residual(residual)
+    for name, value in (
+        ("seed", {"key": flatkern.NoiseKey(9, 2, 3, 4).to("cuda")}),
+        ("row_scale", {"row_scale": where["row_scale"] * 2}),
+        ("row_offset", {"row_offset": 1}),
+    ):
+        ops.restore_(weight, **{**where, **value}, residual=residual)
+        with pytest.raises(RuntimeError, match=f"filled with {name} other"):
+            ops.check_residual(residual)
+    assert_same_bits(weight, noisy)
+    weight[3, 5] += 1
+    ops.restore_(weight, **where, residual=residual)
+    with pytest.raises(RuntimeError, match="1 chunks of it differ"):
+        ops.check_residual(residual)
+    weight[3, 5] = noisy[3, 5]
+    ops.restore_(weight, **where, residual=residual)
+    ops.check_residual(residual)
+    assert_same_bits(weight, clean)
+
+
+def test_a_full_pool_of_a_gpu_leaves_chunks_alone(cuda_kernels):
+    weight, clean, _, where = residual_window()
+    residual = ops.new_residual(weight, 1000)
+    ops.perturb_(weight, **where, residual=residual)
+    with pytest.raises(RuntimeError, match="no room"):
+        ops.check_residual(residual)
+    ops.restore_(weight, **where, residual=residual)
+    ops.check_residual(residual)
+    assert_same_bits(weight, clean)
+
+
+def test_residuals_synchronise_nowhere(cuda_kernels):
+    weight, clean, _, where = residual_window()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        residual = ops.new_residual(weight)
+        ops.perturb_(weight, **where, residual=residual)
+        ops.restore_(weight, **where, residual=residual)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert_same_bits(weight, clean)
+
+
+def test_a_graph_of_a_window_replays(cuda_kernels):
+    weight, clean, residual, where = residual_window()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.perturb_(weight, **where, residual=residual)
+        noisy = weight.clone()
+        ops.restore_(weight, **where, residual=residual)
+    for step in (7, 8):
+        where["key"].copy_(flatkern.NoiseKey(1, step, 3, 4).to("cuda"))
+        graph.replay()
+        ops.check_residual(residual)
+        assert_same_bits(weight, clean)
+        assert_same_bits(noisy, ops.perturb(clean, **where))
+
+
 @pytest.mark.parametrize("mode", ["virtual", "inplace"])
 def test_flat_lora_trains_and_leaves_the_weights(backend, mode):
     def train(device):

@@ -40,6 +40,11 @@ CUDA_CEILINGS_SM_100 = {
     "restore": 17.0,
     "restore elementwise": 32.0,
 }
+# Whole kernels, with all that few chunks need: lists, raw chunks, what is not finite.
+RESIDUAL_CEILINGS = {
+    "perturb_residual_kernel": {"16": 107.0, "16 elementwise": 128.0, "32": 175.0},
+    "restore_residual_kernel": {"16": 102.0, "16 elementwise": 123.0, "32": 126.0},
+}
 TRITON_CEILINGS = {
     "noise": 24.0,
     "philox_bits": 22.0,
@@ -162,6 +167,20 @@ def test_cuda_row_norms_and_fused_kernels_move_128_bits(cuda_reports):
             assert "128" in report.stores
         elif report.kernel.startswith("row_norm") and report.kernel.endswith("true>"):
             assert "128" in report.loads
+
+
+def test_cuda_residuals_move_128_bits(cuda_reports):
+    found = [r for r in cuda_reports if re.match(r"(perturb|restore)_residual_kernel<", r.kernel)]
+    assert len(found) == 24 * len({report.arch for report in cuda_reports})
+    for report in found:
+        name, _, rest = report.kernel.rstrip(">").partition("<")
+        dtype, elementwise, vector = rest.split(", ")
+        assert_no_spills(report)
+        if vector == "true":
+            form = "32" if dtype == "float" else "16" + " elementwise" * (elementwise == "true")
+            assert "128" in report.loads
+            assert "128" in report.stores
+            assert report.per_element <= RESIDUAL_CEILINGS[name][form]
 
 
 SASS = """

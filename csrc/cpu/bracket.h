@@ -8,22 +8,6 @@ struct Bracket {
   VUint base, span;
 };
 
-template <class T>
-struct Precision;
-// Bits of the significand, and 2^E for the smallest exponent that a gap is taken from.
-template <>
-struct Precision<BFloat16> {
-  static constexpr uint32_t kBits = 8, kMinExponent = 27u << 23;
-};
-template <>
-struct Precision<Float16> {
-  static constexpr uint32_t kBits = 11, kMinExponent = 113u << 23;
-};
-template <>
-struct Precision<float> {
-  static constexpr uint32_t kBits = 24, kMinExponent = 27u << 23;
-};
-
 FLATKERN_INLINE VUint splat_bits(uint32_t value) { return VUint{} + value; }
 
 // 2^E, E the exponent of s but at least the dtype's smallest.

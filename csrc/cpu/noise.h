@@ -2,107 +2,146 @@
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
-// Words of kLanes / 2 consecutive groups, one group a 64-bit lane; upper halves are garbage.
-struct WideWords {
-  VUint64 w[4];
+// Work on the normals of several steps goes stage by stage: a stage's chain of dependent operations
+// is short enough for a processor to overlap several of them, a whole step's is not.
+constexpr int kBatch = 32;
+
+// A pair of normals a lane.
+struct Batch {
+  VUint first[kBatch], second[kBatch];  // words
+  VFloat radius[kBatch];
 };
 
-FLATKERN_INLINE WideWords philox_groups(const PhiloxRow& r, uint32_t group) {
+// Groups of a step in the order of 64-bit lanes. Memory order: 32-bit lane l has the pair of
+// columns 2 l and 2 l + 1. Split order: interleaving within 128 bits puts columns in order.
+enum class Order { kMemory, kSplit };
+
+// Words of `steps` steps, by pairs: (w0, w1) in even lanes and (w2, w3) in odd ones.
+FLATKERN_INLINE void philox_steps(const PhiloxRow& r, uint32_t group, int steps, Order order,
+                                  Batch& batch) {
   const VUint64 m0 = VUint64{} + kPhiloxM0, m1 = VUint64{} + kPhiloxM1;
-  VUint64 lane;
-  for (int i = 0; i < kLanes / 2; ++i) lane[i] = i;
-  const VUint64 p0 = multiply_low((lane + group) ^ r.c0_1, m0);
-  const VUint64 p1 = multiply_low((p0 >> 32) ^ r.c2_2, m1);
-  VUint64 c0 = (p1 >> 32) ^ r.c0_3, c1 = p1, c2 = p0 ^ r.c2_3, c3 = VUint64{} + r.c3_3;
-  uint32_t k0 = r.k[0], k1 = r.k[1];
-#pragma GCC unroll 8
-  for (int round = 3; round < kPhiloxRounds; ++round) {
-    const VUint64 q0 = multiply_low(c0, m0), q1 = multiply_low(c2, m1);
-    c0 = (q1 >> 32) ^ c1 ^ k0;
-    c1 = q1;
-    c2 = (q0 >> 32) ^ c3 ^ k1;
-    c3 = q0;
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
+  constexpr int kLast = kPhiloxRounds - 4;
+  const uint64_t keys = static_cast<uint64_t>(r.k[2 * kLast + 1]) << 32 | r.k[2 * kLast];
+  const VUint last_keys = (VUint)(VUint64{} + keys);
+  VUint64 groups;
+  for (int l = 0; l < kLanes / 2; ++l) {
+    groups[l] = group + (order == Order::kMemory ? l : l / 2 + l % 2 * (kLanes / 4));
   }
-  return {{c0, c1, c2, c3}};
+  // Two steps at a time, which keeps the multipliers busy.
+  for (int i = 0; i < steps; i += 2) {
+    // A 64-bit lane holds a word in its low half; the upper one is garbage.
+    VUint64 c0[2], c1[2], c2[2], c3[2];
+    for (int u = 0; u < 2; ++u, groups += kStep / 4) {
+      const VUint64 p0 = multiply_low(groups ^ r.c0_1, m0);
+      const VUint64 p1 = multiply_low((p0 >> 32) ^ r.c2_2, m1);
+      c0[u] = (p1 >> 32) ^ r.c0_3;
+      c1[u] = p1;
+      c2[u] = p0 ^ r.c2_3;
+      c3[u] = VUint64{} + r.c3_3;
+    }
+#pragma GCC unroll 8
+    for (int round = 0; round < kLast; ++round) {
+      for (int u = 0; u < 2; ++u) {
+        const VUint64 q0 = multiply_low(c0[u], m0), q1 = multiply_low(c2[u], m1);
+        c0[u] = (q1 >> 32) ^ c1[u] ^ r.k[2 * round];
+        c1[u] = q1;
+        c2[u] = (q0 >> 32) ^ c3[u] ^ r.k[2 * round + 1];
+        c3[u] = q0;
+      }
+    }
+    // The last round puts w0 and w1, of q1, beside w2 and w3, of q0.
+    for (int u = 0; u < 2; ++u) {
+      const VUint q0 = (VUint)multiply_low(c0[u], m0), q1 = (VUint)multiply_low(c2[u], m1);
+      batch.first[i + u] = odd_lanes(q1, q0) ^ even_lanes((VUint)c1[u], (VUint)c3[u]) ^ last_keys;
+      batch.second[i + u] = even_lanes(q1, q0);
+    }
+  }
 }
 
-// -2 ln u for u in [2^-33, 1]: u = 2^e (1 + f), 1 + f in [sqrt 1/2, sqrt 2), and a minimax fit of
-// (-2 ln(1 + f) + 2 f - f^2) / f^3, weighted relative; below 3e-8 of the radius.
-FLATKERN_INLINE VFloat minus_two_log(VFloat u) {
-  const VUint bits = (VUint)u;
-  const VInt exponent = (VInt)(bits - 0x3F3504F3u) >> 23;
-  const VFloat f = (VFloat)(bits - ((VUint)exponent << 23)) - 1.0f;
-  VFloat q = -0.17580531f * f + 0.28733093f;
-  q = q * f - 0.29857895f;
-  q = q * f + 0.33129355f;
-  q = q * f - 0.39920154f;
-  q = q * f + 0.50003487f;
-  q = q * f - 0.66668016f;
-  const VFloat f2 = f * f;
-  const VFloat log1p = (q * f + 1.0f) * f2 - (f + f);
-  return __builtin_convertvector(exponent, VFloat) * -1.38629436f + log1p;
+// -2 ln(x / 2^32) for x in [1/2, 2^32]: x = 2^k (1 + f), 1 + f in [sqrt 1/2, sqrt 2), and a minimax
+// fit of -2 ln(1 + f) / f, relative, below 1.2e-6.
+FLATKERN_INLINE VFloat minus_two_log(VFloat x) {
+  const VUint bits = (VUint)x;
+  const VUint power = (bits - 0x3F3504F3u) & 0xFF800000u;  // k 2^23
+  const VFloat f = (VFloat)(bits - power) - 1.0f;
+  const VFloat halvings = __builtin_convertvector((VInt)((32u << 23) - power), VFloat);
+  const VFloat q = polynomial(f, -0.23792216f, 0.37335710f, -0.40992658f, 0.49819488f, -0.66629018f,
+                              1.00002226f, -2.00000195f);
+  return halvings * (1.38629436f * 0x1p-23f) + f * q;
 }
 
-// sin(pi t) for t in [0, 1/2], minimax, below 4e-9.
-FLATKERN_INLINE VFloat sin_pi(VFloat t) {
-  const VFloat t2 = t * t;
-  VFloat p = 0.07722012f * t2 - 0.59804517f;
-  p = p * t2 + 2.55003142f;
-  p = p * t2 - 5.16770697f;
-  p = p * t2 + 3.14159250f;
-  return p * t;
-}
-
-// kStep normals of adjacent columns, from the group of the first.
-FLATKERN_INLINE void normals(const PhiloxRow& r, uint32_t group, VFloat& first, VFloat& second) {
-  const WideWords words = philox_groups(r, group);
-  // Lanes [w0 w2 w0 w2 ...] of consecutive groups, and [w1 w3 w1 w3 ...].
-  const VUint a = (VUint)((words.w[0] & 0xFFFFFFFFu) | (words.w[2] << 32));
-  const VUint b = (VUint)((words.w[1] & 0xFFFFFFFFu) | (words.w[3] << 32));
-
-  const VFloat u = float_of_uint(a) * 0x1p-32f + 0x1p-33f;
+// sqrt(-2 ln u)
+FLATKERN_INLINE VFloat radius_of(VUint word) {
+  const VFloat square = minus_two_log(float_of_uint(word) + 0.5f);
   // Rounding can leave -0 or a few ulps below 0 where u is 1.
-  const VFloat square = minus_two_log(u);
-  const VFloat radius = square_root(square > 0.0f ? square : VFloat{});
-
-  const VFloat v = __builtin_convertvector((VInt)b, VFloat) * 0x1p-31f;
-  const VFloat turn = absolute(v);
-  const VFloat from_quarter = 0.5f - turn;
-  const VFloat to_axis = turn < 0.5f ? turn : 1.0f - turn;
-  const VUint cos_sign = (VUint)from_quarter & 0x80000000u, sin_sign = b & 0x80000000u;
-  const VFloat cosine = (VFloat)((VUint)sin_pi(absolute(from_quarter)) ^ cos_sign);
-  const VFloat sine = (VFloat)((VUint)sin_pi(to_axis) ^ sin_sign);
-  interleave(radius * cosine, radius * sine, first, second);
+  return square_root(square > 0.0f ? square : VFloat{});
 }
 
-// Walks columns [begin, end) of one row in steps that start on a group: `whole(j, first, second)`
-// for steps that lie inside, `part(j, lane, count, values)` for those that stick out, where
-// values[lane .. lane + count) belong to columns j .. j + count.
-template <class Whole, class Part>
+// Normals of columns 0 and 1, 2 and 3 of each group.
+struct Normals {
+  VFloat even, odd;
+};
+
+// radius (cos pi v, sin pi v)
+FLATKERN_INLINE Normals turned(VFloat radius, VUint word) {
+  // Half angles need no reduction: cos = 1 - s^2 and sin = s c with s = sqrt 2 sin(pi v / 2) and
+  // c = sqrt 2 cos(pi v / 2). Minimax fits over [-1, 1], below 5e-9 and 4e-8.
+  const VFloat v = __builtin_convertvector((VInt)word, VFloat) * 0x1p-31f;
+  const VFloat v2 = v * v;
+  const VFloat s = v * polynomial(v2, 0.000213295421f, -0.00660753516f, 0.112696536f, -0.913530146f,
+                                  2.22144142f);
+  const VFloat c =
+      polynomial(v2, 0.00120544169f, -0.0294122108f, 0.358702524f, -1.74470893f, 1.41421321f);
+  return {radius * (1.0f - s * s), radius * (s * c)};
+}
+
+__attribute__((noinline)) static void fill(Batch& batch, const PhiloxRow& r, uint32_t group,
+                                           int steps, Order order) {
+  philox_steps(r, group, steps, order, batch);
+  for (int i = 0; i < steps; ++i) batch.radius[i] = radius_of(batch.first[i]);
+}
+
+// One step's normals in the order of columns.
+template <Order order>
+FLATKERN_INLINE void spread(const Normals& z, float* values) {
+  if constexpr (order == Order::kSplit) {
+    store(values, interleave_low(z.even, z.odd));
+    store(values + kLanes, interleave_high(z.even, z.odd));
+  } else {
+    for (int l = 0; l < kLanes; ++l) {
+      values[2 * l] = z.even[l];
+      values[2 * l + 1] = z.odd[l];
+    }
+  }
+}
+
+// Walks columns [begin, end) of one row in steps that start on a group: `whole(j, normals)` for
+// steps that lie inside, `part(j, count, values)` for those that stick out.
+template <Order order, class Whole, class Part>
 FLATKERN_INLINE void for_each_step(const Window& w, int64_t row, int64_t begin, int64_t end,
                                    const Whole& whole, const Part& part) {
   const PhiloxRow r = philox_row(w.key, static_cast<uint32_t>(w.row_offset + row));
+  Batch batch;
   int64_t j = begin;
   while (j < end) {
     const uint64_t column = w.col_offset + j;
     const uint32_t group = static_cast<uint32_t>(column / 4);
     const int lane = static_cast<int>(column % 4);
-    VFloat first, second;
-    normals(r, group, first, second);
-    if (lane == 0 && end - j >= kStep) {
-      whole(j, first, second);
-      j += kStep;
+    const int64_t left = end - j;
+    if (lane == 0 && left >= kStep) {
+      const int steps = static_cast<int>(left < kBatch * kStep ? left / kStep : kBatch);
+      fill(batch, r, group, steps, order);
+      for (int i = 0; i < steps; ++i, j += kStep) {
+        whole(j, turned(batch.radius[i], batch.second[i]));
+      }
       continue;
     }
     // A misaligned start runs to the end of its first step; a tail to the end of the range.
+    fill(batch, r, group, 1, order);
     float values[kStep];
-    store(values, first);
-    store(values + kLanes, second);
-    const int64_t left = end - j;
+    spread<order>(turned(batch.radius[0], batch.second[0]), values);
     const int count = static_cast<int>(left < kStep - lane ? left : kStep - lane);
-    part(j, lane, count, values);
+    part(j, count, values + lane);
     j += count;
   }
 }
@@ -123,14 +162,14 @@ void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
   const Window w = args.window;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     float* out = static_cast<float*>(args.out) + row * w.cols;
-    for_each_step(
+    for_each_step<Order::kSplit>(
         w, row, begin, end,
-        [&](int64_t j, VFloat first, VFloat second) {
-          store(out + j, first);
-          store(out + j + kLanes, second);
+        [&](int64_t j, const Normals& z) {
+          store(out + j, interleave_low(z.even, z.odd));
+          store(out + j + kLanes, interleave_high(z.even, z.odd));
         },
-        [&](int64_t j, int lane, int count, const float* values) {
-          memcpy(out + j, values + lane, count * sizeof(float));
+        [&](int64_t j, int count, const float* values) {
+          memcpy(out + j, values, count * sizeof(float));
         });
   });
 }

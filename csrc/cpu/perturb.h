@@ -34,6 +34,37 @@ FLATKERN_INLINE void one_by_one(const Src* weight, Dst* out, int count, float c,
   }
 }
 
+// Two bfloat16 are a lane of 32 bits, as two normals are: no interleaving, and one test for both.
+template <class Src, class Dst>
+constexpr Order kOrder =
+    std::is_same_v<Src, BFloat16> && std::is_same_v<Dst, BFloat16> ? Order::kMemory : Order::kSplit;
+
+// A step of columns, scaled by c; false, with nothing written, where an element is not finite.
+template <class Op, class Src, class Dst>
+FLATKERN_INLINE bool perturb_step(const Src* weight, Dst* out, const Normals& z, VFloat scale,
+                                  bool elementwise) {
+  if constexpr (kOrder<Src, Dst> == Order::kMemory) {
+    const VUint w = load_vector<VUint>(weight);
+    const VFloat even = Op::apply((VFloat)(w << 16), scale, z.even, elementwise);
+    const VFloat odd = Op::apply((VFloat)(w & 0xFFFF0000u), scale, z.odd, elementwise);
+    // The low half of any NaN here is 0, so that rounding leaves it one.
+    const VUint after = (rounded_bfloat16(odd) & 0xFFFF0000u) | (rounded_bfloat16(even) >> 16);
+    if (__builtin_expect(any_exponent_full(after), 0)) return false;
+    store_vector(out, after);
+  } else {
+    const VFloat limit = splat(overflow_of(out));
+    const VFloat first = Op::apply(load(weight), scale, interleave_low(z.even, z.odd), elementwise);
+    const VFloat second =
+        Op::apply(load(weight + kLanes), scale, interleave_high(z.even, z.odd), elementwise);
+    // Also true for NaN, which no comparison admits.
+    const VInt finite = (absolute(first) < limit) & (absolute(second) < limit);
+    if (__builtin_expect(any(~finite), 0)) return false;
+    store(out, first);
+    store(out + kLanes, second);
+  }
+  return true;
+}
+
 // Columns [begin, end) of one row, scaled by c.
 template <class Op, class Src, class Dst>
 FLATKERN_INLINE void perturb_columns(const PerturbArgs& args, int64_t row, int64_t begin,
@@ -41,26 +72,18 @@ FLATKERN_INLINE void perturb_columns(const PerturbArgs& args, int64_t row, int64
   const Src* weight = static_cast<const Src*>(args.weight) + row * args.weight_stride;
   Dst* out = static_cast<Dst*>(args.out) + row * args.out_stride;
   c = usable_scale(c);
-  const VFloat scale = splat(c), limit = splat(overflow_of(out));
-  for_each_step(
+  const VFloat scale = splat(c);
+  constexpr Order kSteps = kOrder<Src, Dst>;
+  for_each_step<kSteps>(
       args.window, row, begin, end,
-      [&](int64_t j, VFloat z0, VFloat z1) {
-        const VFloat w0 = load(weight + j), w1 = load(weight + j + kLanes);
-        const VFloat s0 = Op::apply(w0, scale, z0, elementwise);
-        const VFloat s1 = Op::apply(w1, scale, z1, elementwise);
-        // Also true for NaN, which no comparison admits.
-        if (__builtin_expect(any(~((absolute(s0) < limit) & (absolute(s1) < limit))), 0)) {
-          float values[kStep];
-          store(values, z0);
-          store(values + kLanes, z1);
-          one_by_one<Op>(weight + j, out + j, kStep, c, values, elementwise);
-          return;
-        }
-        store(out + j, s0);
-        store(out + j + kLanes, s1);
+      [&](int64_t j, const Normals& z) {
+        if (perturb_step<Op>(weight + j, out + j, z, scale, elementwise)) return;
+        float values[kStep];
+        spread<kSteps>(z, values);
+        one_by_one<Op>(weight + j, out + j, kStep, c, values, elementwise);
       },
-      [&](int64_t j, int lane, int count, const float* values) {
-        one_by_one<Op>(weight + j, out + j, count, c, values + lane, elementwise);
+      [&](int64_t j, int count, const float* values) {
+        one_by_one<Op>(weight + j, out + j, count, c, values, elementwise);
       });
 }
 

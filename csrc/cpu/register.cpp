@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
-#include <utility>
+#include <algorithm>
+#include <vector>
 
 #include "../register.h"
 #include "kernels.h"
@@ -14,47 +15,68 @@ namespace {
 // Fewer elements than this are not worth another thread.
 constexpr int64_t kGrainElements = 32768;
 
-// torch's own thread pool, without compiling against its OpenMP.
+// A task of this many work units, which cost as much as this many elements each.
+struct Task {
+  int64_t units, cost;
+
+  Task(int64_t units, int64_t elements) : units(units), cost(std::max<int64_t>(1, elements)) {}
+};
+
+// f(i, begin, end) for the units of each task i, on torch's own thread pool (without compiling
+// against its OpenMP): threads share the cost of all tasks, so that small ones keep them busy too.
 template <class F>
-void parallel_for(int64_t units, int64_t elements_per_unit, const F& f) {
-  const int64_t grain =
-      std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain, f);
+void parallel_for(const std::vector<Task>& tasks, const F& f) {
+  std::vector<int64_t> start{0};
+  for (const Task& task : tasks) start.push_back(start.back() + task.units * task.cost);
+  torch::stable::parallel_for(0, start.back(), kGrainElements, [&](int64_t begin, int64_t end) {
+    const auto after = std::upper_bound(start.begin(), start.end(), begin);
+    for (size_t i = after - start.begin() - 1; i < tasks.size() && start[i] < end; ++i) {
+      // A unit is run where its first element is: this is the first from `element` on.
+      const auto unit_from = [&](int64_t element) {
+        const int64_t inside = element - start[i] + tasks[i].cost - 1;
+        return std::clamp<int64_t>(inside / tasks[i].cost, 0, tasks[i].units);
+      };
+      const int64_t first = unit_from(begin), last = unit_from(end);
+      if (first < last) f(i, first, last);
+    }
+  });
 }
 
 template <class Args>
-void for_blocks(const Args& args, void (*run)(const Args&, int64_t, int64_t)) {
-  const Window& w = args.window;
-  parallel_for(w.rows * blocks_per_row(w.cols), std::min(w.cols, kBlockCols),
-               [&](int64_t begin, int64_t end) { run(args, begin, end); });
+void for_blocks(const std::vector<Args>& tensors, void (*run)(const Args&, int64_t, int64_t)) {
+  std::vector<Task> tasks;
+  for (const Args& args : tensors) {
+    const Window& w = args.window;
+    tasks.push_back({w.rows * blocks_per_row(w.cols), std::min(w.cols, kBlockCols)});
+  }
+  parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(tensors[i], begin, end); });
 }
 
-// Runs over the chunks; returns the words that they asked for and how many were left out.
-std::pair<uint64_t, uint32_t> run_residual(const PerturbArgs& perturb, const at::Tensor& residual,
-                                           void (*run)(const ResidualArgs&, int64_t, int64_t)) {
-  const Chunks chunks{perturb.window.rows, perturb.window.cols};
-  const int64_t pool = kResidualHeader + chunks.directory_bytes();
-  auto* bytes = static_cast<uint8_t*>(residual.mutable_data_ptr());
-  TORCH_CHECK(residual.device().is_cpu() && residual.scalar_type() == at::kByte &&
-                  residual.is_contiguous() && residual.numel() >= pool &&
-                  reinterpret_cast<uintptr_t>(bytes) % 16 == 0,
-              "flatkern_cpu: residual must be aligned uint8 of the weight's size or more");
+// What the chunks of a tensor counted: the words that they asked for, and how many were left out.
+struct Counts {
   std::atomic<uint64_t> asked{0};
   std::atomic<uint32_t> left_out{0};
-  const ResidualArgs args{perturb,
-                          chunks,
-                          reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
-                          reinterpret_cast<uint32_t*>(bytes + pool),
-                          static_cast<uint64_t>(residual.numel() - pool) / 4,
-                          &asked,
-                          &left_out};
-  parallel_for(chunks.count(), kChunk, [&](int64_t begin, int64_t end) { run(args, begin, end); });
-  return {asked.load(), left_out.load()};
+};
+
+// Runs over the chunks of all tensors.
+std::vector<Counts> run_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals,
+                                 void (*run)(const ResidualArgs&, int64_t, int64_t)) {
+  std::vector<Counts> counts(tensors.size());
+  std::vector<ResidualArgs> all;
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Chunks chunks{tensors[i].window.rows, tensors[i].window.cols};
+    const ResidualParts parts = parts_of(residuals[i], chunks);
+    all.push_back({tensors[i], chunks, parts.directory, parts.pool, parts.capacity,
+                   &counts[i].asked, &counts[i].left_out});
+    tasks.push_back({chunks.count(), kChunk});
+  }
+  parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(all[i], begin, end); });
+  return counts;
 }
 
-template <class T>
-void set_counter(const at::Tensor& residual, int64_t offset, T value) {
-  memcpy(static_cast<uint8_t*>(residual.mutable_data_ptr()) + offset, &value, sizeof value);
+ResidualHeader& header_of(const at::Tensor& residual) {
+  return *static_cast<ResidualHeader*>(residual.mutable_data_ptr());
 }
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
@@ -66,40 +88,50 @@ struct Backend {
   static constexpr const char* kName = "flatkern_cpu";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
   static constexpr int64_t kAdapterColumns = kNormLanes;
-  static constexpr bool kHasResidual = true;
 
   static NoiseKey key_of(const int64_t* words) {
     return {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]),
             static_cast<uint32_t>(words[2]), static_cast<uint32_t>(words[3])};
   }
   static void philox_bits(const at::Tensor&, const NoiseArgs& args) {
-    for_blocks(args, kernels().philox_bits);
+    for_blocks<NoiseArgs>({args}, kernels().philox_bits);
   }
-  static void noise(const at::Tensor&, const NoiseArgs& args) { for_blocks(args, kernels().noise); }
-  static void perturb(const at::Tensor&, const PerturbArgs& args) {
-    for_blocks(args, kernels().perturb);
+  static void noise(const at::Tensor&, const NoiseArgs& args) {
+    for_blocks<NoiseArgs>({args}, kernels().noise);
   }
-  static void restore(const at::Tensor&, const PerturbArgs& args) {
-    for_blocks(args, kernels().restore);
+  static void perturb(const at::Tensor&, const std::vector<PerturbArgs>& tensors) {
+    for_blocks(tensors, kernels().perturb);
   }
-  static void perturb_residual(const PerturbArgs& args, const at::Tensor& residual) {
-    const auto [asked, left_out] = run_residual(args, residual, kernels().perturb_residual);
-    set_counter(residual, kResidualAsked, asked);
-    set_counter(residual, kResidualClean, left_out);
+  static void restore(const at::Tensor&, const std::vector<PerturbArgs>& tensors) {
+    for_blocks(tensors, kernels().restore);
   }
-  static void restore_residual(const PerturbArgs& args, const at::Tensor& residual) {
-    const auto [asked, left_out] = run_residual(args, residual, kernels().restore_residual);
-    set_counter(residual, kResidualMismatched, left_out);
+  static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
+    const auto counts = run_residual(tensors, residuals, kernels().perturb_residual);
+    for (size_t i = 0; i < counts.size(); ++i) {
+      header_of(residuals[i]).asked = counts[i].asked;
+      header_of(residuals[i]).clean = counts[i].left_out;
+    }
   }
-  static void row_norm(const at::Tensor&, const RowNormArgs& args) {
-    parallel_for(args.rows, args.cols * (1 + args.rank),
-                 [&](int64_t begin, int64_t end) { kernels().row_norm(args, begin, end); });
+  static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
+    const auto counts = run_residual(tensors, residuals, kernels().restore_residual);
+    for (size_t i = 0; i < counts.size(); ++i) {
+      header_of(residuals[i]).mismatched = counts[i].left_out;
+    }
+  }
+  static void row_norm(const at::Tensor&, const std::vector<RowNormArgs>& tensors) {
+    std::vector<Task> tasks;
+    for (const RowNormArgs& args : tensors)
+      tasks.push_back({args.rows, args.cols * (1 + args.rank)});
+    parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) {
+      kernels().row_norm(tensors[i], begin, end);
+    });
   }
   static void perturb_merged(const at::Tensor&, const PerturbArgs& perturb,
                              const RowNormArgs& row_norm, float relative_scale) {
     const PerturbMergedArgs args{perturb, row_norm, relative_scale};
-    parallel_for(row_norm.rows, row_norm.cols,
-                 [&](int64_t begin, int64_t end) { kernels().perturb_merged(args, begin, end); });
+    parallel_for({{row_norm.rows, row_norm.cols}}, [&](size_t, int64_t begin, int64_t end) {
+      kernels().perturb_merged(args, begin, end);
+    });
   }
 };
 

@@ -27,15 +27,6 @@ FLATKERN_INLINE void store_fields(Scratch<T>& x, int64_t k, VUint field) {
   word = k % 64 == 0 ? bits : word | bits << k % 64;
 }
 
-// Words of a list entry: position and code share one where the code has 16 bits.
-template <class T>
-constexpr uint64_t kEntryWords = sizeof(T) == 4 ? 2 : 1;
-
-template <class T>
-uint64_t raw_words(int64_t count) {
-  return 1 + (count * sizeof(T) + 3) / 4;
-}
-
 template <class T>
 FLATKERN_INLINE uint32_t code_at(const T* p) {
   if constexpr (sizeof(T) == 2) return p->bits;
@@ -78,14 +69,14 @@ void scaled_noise(const PerturbArgs& args, const ChunkSpan& span, float* e) {
     const float c = usable_scale(args.row_scale[row]);
     const VFloat scale = splat(c);
     float* out = e + i * span.cols;
-    for_each_step(
+    for_each_step<Order::kSplit>(
         args.window, row, span.begin, span.begin + span.cols,
-        [&](int64_t j, VFloat first, VFloat second) {
-          store(out + (j - span.begin), scale * first);
-          store(out + (j - span.begin) + kLanes, scale * second);
+        [&](int64_t j, const Normals& z) {
+          store(out + (j - span.begin), scale * interleave_low(z.even, z.odd));
+          store(out + (j - span.begin) + kLanes, scale * interleave_high(z.even, z.odd));
         },
-        [&](int64_t j, int lane, int count, const float* values) {
-          for (int k = 0; k < count; ++k) out[j - span.begin + k] = c * values[lane + k];
+        [&](int64_t j, int count, const float* values) {
+          for (int k = 0; k < count; ++k) out[j - span.begin + k] = c * values[k];
         });
   }
   clear_padding(e, span.count());
@@ -197,7 +188,7 @@ void write_fields(const Scratch<T>& x, int64_t count, bool stream, uint32_t list
 
 template <class T, bool kElementwise>
 void encode_chunk(const ResidualArgs& args, int64_t chunk) {
-  const ChunkSpan span = args.chunks.span(chunk);
+  const ChunkSpan span = args.chunks.span(static_cast<uint32_t>(chunk));
   const int64_t count = span.count();
   Scratch<T> x;
   gather(args.perturb, span, x.weight);
@@ -323,7 +314,7 @@ void decode_chunk(const ResidualArgs& args, int64_t chunk) {
   const ChunkMode mode = static_cast<ChunkMode>(entry & 3);
   const uint64_t offset = entry >> 2;
   if (mode == ChunkMode::kClean) return;
-  const ChunkSpan span = args.chunks.span(chunk);
+  const ChunkSpan span = args.chunks.span(static_cast<uint32_t>(chunk));
   Scratch<T> x;
   gather(args.perturb, span, x.noisy);
   const bool inside = offset < args.capacity;

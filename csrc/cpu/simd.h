@@ -56,6 +56,14 @@ FLATKERN_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
 #endif
 }
 
+// Horner's scheme from the highest coefficient on, each product and sum rounded.
+template <class... Rest>
+FLATKERN_INLINE VFloat polynomial(VFloat x, float leading, Rest... rest) {
+  VFloat sum = splat(leading);
+  ((sum = sum * x + rest), ...);
+  return sum;
+}
+
 FLATKERN_INLINE VFloat square_root(VFloat a) {
 #if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
   return (VFloat)_mm512_sqrt_ps((__m512)a);
@@ -80,25 +88,42 @@ FLATKERN_INLINE VFloat float_of_uint(VUint a) {
 #endif
 }
 
-// [a0 b0 a1 b1 ...]: first and second half of the interleaved lanes.
-FLATKERN_INLINE void interleave(VFloat a, VFloat b, VFloat& first, VFloat& second) {
+// Shuffles of two vectors, lanes of a and b in turn: those with even and odd numbers, and the lower
+// and upper halves of each 128 bits.
+#if FLATKERN_VECTOR_BYTES == 64
+#define FLATKERN_EVEN_LANES 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define FLATKERN_ODD_LANES 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define FLATKERN_LOW_LANES 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define FLATKERN_HIGH_LANES 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#elif FLATKERN_VECTOR_BYTES == 32
+#define FLATKERN_EVEN_LANES 0, 8, 2, 10, 4, 12, 6, 14
+#define FLATKERN_ODD_LANES 1, 9, 3, 11, 5, 13, 7, 15
+#define FLATKERN_LOW_LANES 0, 8, 1, 9, 4, 12, 5, 13
+#define FLATKERN_HIGH_LANES 2, 10, 3, 11, 6, 14, 7, 15
+#else
+#define FLATKERN_EVEN_LANES 0, 4, 2, 6
+#define FLATKERN_ODD_LANES 1, 5, 3, 7
+#define FLATKERN_LOW_LANES 0, 4, 1, 5
+#define FLATKERN_HIGH_LANES 2, 6, 3, 7
+#endif
 #ifdef __clang__
 #define FLATKERN_SHUFFLE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define FLATKERN_SHUFFLE(...) __builtin_shuffle(a, b, VInt{__VA_ARGS__})
 #endif
-#if FLATKERN_VECTOR_BYTES == 64
-  first = FLATKERN_SHUFFLE(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  second = FLATKERN_SHUFFLE(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif FLATKERN_VECTOR_BYTES == 32
-  first = FLATKERN_SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11);
-  second = FLATKERN_SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15);
-#else
-  first = FLATKERN_SHUFFLE(0, 4, 1, 5);
-  second = FLATKERN_SHUFFLE(2, 6, 3, 7);
-#endif
-#undef FLATKERN_SHUFFLE
+FLATKERN_INLINE VUint even_lanes(VUint a, VUint b) { return FLATKERN_SHUFFLE(FLATKERN_EVEN_LANES); }
+FLATKERN_INLINE VUint odd_lanes(VUint a, VUint b) { return FLATKERN_SHUFFLE(FLATKERN_ODD_LANES); }
+FLATKERN_INLINE VFloat interleave_low(VFloat a, VFloat b) {
+  return FLATKERN_SHUFFLE(FLATKERN_LOW_LANES);
 }
+FLATKERN_INLINE VFloat interleave_high(VFloat a, VFloat b) {
+  return FLATKERN_SHUFFLE(FLATKERN_HIGH_LANES);
+}
+#undef FLATKERN_SHUFFLE
+#undef FLATKERN_EVEN_LANES
+#undef FLATKERN_ODD_LANES
+#undef FLATKERN_LOW_LANES
+#undef FLATKERN_HIGH_LANES
 
 // Bit i is set where lane i of a comparison is true.
 FLATKERN_INLINE uint32_t lane_bits(VInt mask) {
@@ -135,12 +160,28 @@ FLATKERN_INLINE VFloat load(const Float16* p) {
 #endif
 }
 
+// A bfloat16 in the upper half, garbage in the lower.
+FLATKERN_INLINE VUint rounded_bfloat16(VFloat v) {
+  const VUint bits = (VUint)v;
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
+// Whether the exponent of a bfloat16, two a lane, is that of infinity or NaN.
+FLATKERN_INLINE bool any_exponent_full(VUint pairs) {
+  const VUint full = pairs & 0x7F807F80u;
+#if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
+  return _mm512_cmpeq_epi16_mask((__m512i)full, _mm512_set1_epi16(0x7F80)) != 0;
+#elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16((__m256i)full, _mm256_set1_epi16(0x7F80))) != 0;
+#else
+  return any(((full & 0xFFFFu) == 0x7F80u) | ((full >> 16) == 0x7F80u));
+#endif
+}
+
 // Finite values alone; kernels send the others through numeric.h, one by one.
 FLATKERN_INLINE void store(float* p, VFloat v) { store_vector(p, v); }
 FLATKERN_INLINE void store(BFloat16* p, VFloat v) {
-  const VUint bits = (VUint)v;
-  const VUint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  store_vector(p, __builtin_convertvector(rounded, VHalf));
+  store_vector(p, __builtin_convertvector(rounded_bfloat16(v) >> 16, VHalf));
 }
 FLATKERN_INLINE void store(Float16* p, VFloat v) {
 #if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64

@@ -140,9 +140,10 @@ struct UnitWalk {
   }
 };
 
-// The units of the calling warp.
-__device__ __forceinline__ UnitWalk walk_of_warp(const Window& window) {
-  return {window, blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, gridDim.x * kWarpsPerBlock};
+// The units of the calling warp, where this is one of `blocks` blocks.
+__device__ __forceinline__ UnitWalk walk_of_warp(const Window& window, uint32_t block = blockIdx.x,
+                                                 uint32_t blocks = gridDim.x) {
+  return {window, block * kWarpsPerBlock + threadIdx.x / kWarp, blocks * kWarpsPerBlock};
 }
 
 struct alignas(16) Bits128 {

@@ -2,8 +2,12 @@
 // read on the device, so nothing here synchronises and every launch can be captured in a graph.
 #pragma once
 
+#include <vector>
+
 #include "../numeric.h"
+#include "../residual.h"
 #include "runtime.h"
+#include "table.h"
 
 namespace flatkern::cuda {
 
@@ -46,12 +50,28 @@ struct PerturbMergedArgs {
   RowNormArgs row_norm;  // relative_scale makes norm the row scale
 };
 
+struct ResidualArgs {
+  PerturbArgs perturb;  // in place: out is what is read and written
+  Chunks chunks;
+  ResidualHeader* header;
+  uint32_t* directory;  // [chunks]
+  uint32_t* pool;       // [capacity]
+  uint64_t capacity;
+  uint64_t implementation;
+};
+
 void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream);
 void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream);
-void launch_perturb(const PerturbArgs& args, int sm_count, cudaStream_t stream);
-void launch_restore(const PerturbArgs& args, int sm_count, cudaStream_t stream);
-void launch_row_norm(const RowNormArgs& args, int sm_count, cudaStream_t stream);
+
+// Several tensors, which share no memory that is written, in few launches.
+void launch_perturb(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream);
+void launch_restore(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream);
+void launch_row_norm(const std::vector<RowNormArgs>& tensors, int sm_count, cudaStream_t stream);
+
 // One kernel where a row fits a block's registers, two beyond; the same bits either way.
 void launch_perturb_merged(const PerturbMergedArgs& args, int sm_count, cudaStream_t stream);
+// What the header does not allow writes nothing and leaves its reason there.
+void launch_perturb_residual(const ResidualArgs& args, int sm_count, cudaStream_t stream);
+void launch_restore_residual(const ResidualArgs& args, int sm_count, cudaStream_t stream);
 
 }  // namespace flatkern::cuda

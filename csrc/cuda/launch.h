@@ -58,4 +58,7 @@ constexpr int fused_threads(int64_t cols) {
   return static_cast<int>(divide_up(cols, kWarpCols)) * kWarp;
 }
 
+// Residual: the block that compares a header, most of which is summing up the row scale.
+constexpr int kBeginThreads = 512;
+
 }  // namespace flatkern::cuda

@@ -1,15 +1,21 @@
 // Perturb and restore: one warp per row and kUnitCols columns, 128-bit loads and stores.
 #include "perturb.h"
 
+#include <tuple>
+
 namespace flatkern::cuda {
 
 // Rows are 16-byte aligned and start on a group.
 template <class Op, class Src, class Dst, bool Elementwise>
-__global__ void __launch_bounds__(kThreads) perturb_kernel(PerturbArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    perturb_kernel(const __grid_constant__ Table<PerturbArgs> table) {
+  const Place place = place_of(table, blockIdx.x);
+  const PerturbArgs& args = table.tensors[place.tensor];
   const Window& window = args.window;
   const NoiseKey key = load_key(window.key);
   const int lane = threadIdx.x % kWarp;
-  for (UnitWalk walk = walk_of_warp(window); walk.inside(); walk.next()) {
+  UnitWalk walk = walk_of_warp(window, place.block, place.blocks);
+  for (; walk.inside(); walk.next()) {
     const int64_t i = walk.row, begin = walk.begin(), end = walk.end(window.cols);
     const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
     const RowScale c = row_scale_of(args.row_scale[i]);
@@ -34,11 +40,15 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(PerturbArgs args) {
 
 // Any alignment: a thread takes one group of columns at a time.
 template <class Op, class Src, class Dst, bool Elementwise>
-__global__ void __launch_bounds__(kThreads) perturb_unaligned_kernel(PerturbArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    perturb_unaligned_kernel(const __grid_constant__ Table<PerturbArgs> table) {
+  const Place place = place_of(table, blockIdx.x);
+  const PerturbArgs& args = table.tensors[place.tensor];
   const Window& window = args.window;
   const NoiseKey key = load_key(window.key);
   const int lane = threadIdx.x % kWarp;
-  for (UnitWalk walk = walk_of_warp(window); walk.inside(); walk.next()) {
+  UnitWalk walk = walk_of_warp(window, place.block, place.blocks);
+  for (; walk.inside(); walk.next()) {
     const int64_t i = walk.row, begin = walk.begin(), end = walk.end(window.cols);
     const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
     const RowScale c = row_scale_of(args.row_scale[i]);
@@ -53,44 +63,60 @@ __global__ void __launch_bounds__(kThreads) perturb_unaligned_kernel(PerturbArgs
   }
 }
 
+static bool is_aligned(const PerturbArgs& args) {
+  return is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype) &&
+         is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
+         args.window.col_offset % 4 == 0;
+}
+
+static std::vector<Table<PerturbArgs>> perturb_tables(const std::vector<PerturbArgs>& tensors,
+                                                      int sm_count) {
+  return tables_of(
+      tensors,
+      [](const PerturbArgs& args) {
+        return std::tuple(args.weight_dtype, args.out_dtype, args.elementwise, is_aligned(args));
+      },
+      [&](const PerturbArgs& args) {
+        return grid_blocks(args.window.rows * units_per_row(args.window.cols), sm_count);
+      });
+}
+
 template <class Op, class Src, class Dst, bool Elementwise>
-static void launch_as(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
-  const Window& window = args.window;
-  const int blocks = grid_blocks(window.rows * units_per_row(window.cols), sm_count);
-  const bool aligned = is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype) &&
-                       is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
-                       window.col_offset % 4 == 0;
-  if (aligned) {
-    FLATKERN_LAUNCH((perturb_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream, args);
+static void launch_as(const Table<PerturbArgs>& table, cudaStream_t stream) {
+  const int blocks = static_cast<int>(table.blocks());
+  if (is_aligned(table.tensors[0])) {
+    FLATKERN_LAUNCH((perturb_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream, table);
   } else {
     FLATKERN_LAUNCH((perturb_unaligned_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream,
-                    args);
+                    table);
   }
 }
 
 template <class Op, class Src, class Dst>
-static void launch_dtypes(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
-  if (args.elementwise) {
-    launch_as<Op, Src, Dst, true>(args, sm_count, stream);
+static void launch_dtypes(const Table<PerturbArgs>& table, cudaStream_t stream) {
+  if (table.tensors[0].elementwise) {
+    launch_as<Op, Src, Dst, true>(table, stream);
   } else {
-    launch_as<Op, Src, Dst, false>(args, sm_count, stream);
+    launch_as<Op, Src, Dst, false>(table, stream);
   }
 }
 
-void launch_perturb(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
-  if (args.window.rows == 0 || args.window.cols == 0) return;
-  with_type(args.weight_dtype, [&](auto weight) {
-    with_type(args.out_dtype, [&](auto out) {
-      launch_dtypes<Perturb, decltype(weight), decltype(out)>(args, sm_count, stream);
+void launch_perturb(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream) {
+  for (const Table<PerturbArgs>& table : perturb_tables(tensors, sm_count)) {
+    with_type(table.tensors[0].weight_dtype, [&](auto weight) {
+      with_type(table.tensors[0].out_dtype, [&](auto out) {
+        launch_dtypes<Perturb, decltype(weight), decltype(out)>(table, stream);
+      });
     });
-  });
+  }
 }
 
-void launch_restore(const PerturbArgs& args, int sm_count, cudaStream_t stream) {
-  if (args.window.rows == 0 || args.window.cols == 0) return;
-  with_type(args.weight_dtype, [&](auto weight) {
-    launch_dtypes<Restore, decltype(weight), decltype(weight)>(args, sm_count, stream);
-  });
+void launch_restore(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream) {
+  for (const Table<PerturbArgs>& table : perturb_tables(tensors, sm_count)) {
+    with_type(table.tensors[0].weight_dtype, [&](auto weight) {
+      launch_dtypes<Restore, decltype(weight), decltype(weight)>(table, stream);
+    });
+  }
 }
 
 }  // namespace flatkern::cuda

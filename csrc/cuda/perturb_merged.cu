@@ -101,8 +101,8 @@ void launch_perturb_merged(const PerturbMergedArgs& args, int sm_count, cudaStre
               [&](auto weight) { launch_fused<decltype(weight)>(args, sm_count, stream); });
     return;
   }
-  launch_row_norm(args.row_norm, sm_count, stream);
-  launch_perturb(perturb, sm_count, stream);
+  launch_row_norm({args.row_norm}, sm_count, stream);
+  launch_perturb({perturb}, sm_count, stream);
 }
 
 }  // namespace flatkern::cuda

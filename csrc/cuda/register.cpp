@@ -6,6 +6,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "../register.h"
 #include "kernels.h"
 #include "launch.h"
@@ -22,6 +24,27 @@ void launch(const at::Tensor& on, void (*launcher)(const Args&, int, cudaStream_
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// A hash (FNV-1a) of all that may move a bit of the noise or of the brackets.
+uint64_t implementation_of(const cudaDeviceProp& device) {
+  const std::string parts = std::string("cuda 1 ") + FLATKERN_TORCH_VERSION +
+                            FLATKERN_CUDA_VERSION + FLATKERN_CUDA_ARCHS + FLATKERN_NVCC_FLAGS +
+                            device.name + std::to_string(device.major) + "." +
+                            std::to_string(device.minor);
+  uint64_t hash = 0xCBF29CE484222325u;
+  for (const unsigned char c : parts) hash = (hash ^ c) * 0x100000001B3u;
+  return hash;
+}
+
+void launch_residual(void (*launcher)(const ResidualArgs&, int, cudaStream_t),
+                     const PerturbArgs& perturb, const at::Tensor& residual) {
+  const Chunks chunks{perturb.window.rows, perturb.window.cols};
+  const ResidualParts parts = parts_of(residual, chunks);
+  const auto* device = at::cuda::getDeviceProperties(residual.get_device());
+  launch(residual, launcher,
+         ResidualArgs{perturb, chunks, parts.header, parts.directory, parts.pool, parts.capacity,
+                      implementation_of(*device)});
+}
+
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
   using Window = cuda::Window;
@@ -31,7 +54,6 @@ struct Backend {
   static constexpr const char* kName = "flatkern_cuda";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
   static constexpr int64_t kAdapterColumns = kVector;
-  static constexpr bool kHasResidual = false;
 
   static const int64_t* key_of(const int64_t* words) { return words; }
   static void philox_bits(const at::Tensor& out, const NoiseArgs& args) {
@@ -40,15 +62,25 @@ struct Backend {
   static void noise(const at::Tensor& out, const NoiseArgs& args) {
     launch(out, launch_noise, args);
   }
-  static void perturb(const at::Tensor& out, const PerturbArgs& args) {
-    launch(out, launch_perturb, args);
+  static void perturb(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
+    launch(out, launch_perturb, tensors);
   }
-  static void restore(const at::Tensor& out, const PerturbArgs& args) {
-    launch(out, launch_restore, args);
+  static void restore(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
+    launch(out, launch_restore, tensors);
   }
-  static void row_norm(const at::Tensor& norm, RowNormArgs args) {
-    args.relative_scale = 1.0f;
-    launch(norm, launch_row_norm, args);
+  static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      launch_residual(launch_perturb_residual, tensors[i], residuals[i]);
+    }
+  }
+  static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      launch_residual(launch_restore_residual, tensors[i], residuals[i]);
+    }
+  }
+  static void row_norm(const at::Tensor& norm, std::vector<RowNormArgs> tensors) {
+    for (RowNormArgs& args : tensors) args.relative_scale = 1.0f;
+    launch(norm, launch_row_norm, tensors);
   }
   static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb,
                              RowNormArgs row_norm, float relative_scale) {

@@ -3,9 +3,20 @@
 // time, those sums in float64 in column order, the lanes' totals by a fixed tree.
 #pragma once
 
+#include <utility>
+
 #include "device.h"
 
 namespace flatkern::cuda {
+
+inline bool is_aligned(const RowNormArgs& args) {
+  return is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype);
+}
+
+// What tells the kernels of one launcher apart.
+inline std::pair<Dtype, bool> row_norm_variant(const RowNormArgs& args) {
+  return {args.weight_dtype, is_aligned(args)};
+}
 
 // The sum of squares of kVector merged columns of each of Rows rows, from column j on; b(k, r) is
 // sB of rank k and row r.
@@ -90,6 +101,7 @@ __device__ __forceinline__ float finish_row(const RowNormArgs& args, int64_t row
 }
 
 // On tensor cores, for ranks beyond kDirectRank.
-void launch_row_norm_mma(const RowNormArgs& args, int sm_count, cudaStream_t stream);
+void launch_row_norm_mma(const std::vector<RowNormArgs>& tensors, int sm_count,
+                         cudaStream_t stream);
 
 }  // namespace flatkern::cuda

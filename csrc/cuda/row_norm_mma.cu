@@ -64,7 +64,10 @@ __device__ __forceinline__ float square_sum(const Packed<T>& weight, const float
 // A block takes Tiles times kMmaRows rows, which share what a warp loads and splits of A; its
 // warps take turns at the columns. Two blocks fit an SM.
 template <int Tiles, class T, bool Aligned>
-__global__ void __launch_bounds__(kThreads, 2) row_norm_mma_kernel(RowNormArgs args) {
+__global__ void __launch_bounds__(kThreads, 2)
+    row_norm_mma_kernel(const __grid_constant__ Table<RowNormArgs> table) {
+  const Place place = place_of(table, blockIdx.x);
+  const RowNormArgs& args = table.tensors[place.tensor];
   constexpr int kRows = Tiles * kMmaRows;
   __shared__ SplitLeft staged[kStagedBlocks][Tiles][kWarp];
   // Each thread's share of its rows' sums.
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) row_norm_mma_kernel(RowNormArgs a
   const int group = lane / 4, member = lane % 4;
   const int rank = static_cast<int>(args.rank);
   const int blocks = static_cast<int>(divide_up(rank, kMmaRanks));
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t row = static_cast<int64_t>(place.block) * kRows;
   const auto left_of = [&](int block, int tile) {
     return load_left(args, row + tile * kMmaRows + group, block * kMmaRanks + 4 * member);
   };
@@ -157,24 +160,35 @@ __global__ void __launch_bounds__(kThreads, 2) row_norm_mma_kernel(RowNormArgs a
 }
 
 template <int Tiles, class T>
-static void launch_tiles(const RowNormArgs& args, cudaStream_t stream) {
-  const int blocks = static_cast<int>(divide_up(args.rows, Tiles * kMmaRows));
-  if (is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype)) {
-    FLATKERN_LAUNCH((row_norm_mma_kernel<Tiles, T, true>), blocks, kThreads, stream, args);
+static void launch_table(const Table<RowNormArgs>& table, cudaStream_t stream) {
+  const int blocks = static_cast<int>(table.blocks());
+  if (is_aligned(table.tensors[0])) {
+    FLATKERN_LAUNCH((row_norm_mma_kernel<Tiles, T, true>), blocks, kThreads, stream, table);
   } else {
-    FLATKERN_LAUNCH((row_norm_mma_kernel<Tiles, T, false>), blocks, kThreads, stream, args);
+    FLATKERN_LAUNCH((row_norm_mma_kernel<Tiles, T, false>), blocks, kThreads, stream, table);
   }
 }
 
-void launch_row_norm_mma(const RowNormArgs& args, int sm_count, cudaStream_t stream) {
-  with_type(args.weight_dtype, [&](auto weight) {
-    using T = decltype(weight);
-    if (mma_tiles(args.rows, sm_count) == 2) {
-      launch_tiles<2, T>(args, stream);
-    } else {
-      launch_tiles<1, T>(args, stream);
-    }
-  });
+template <int Tiles>
+static void launch_tiles(const std::vector<RowNormArgs>& tensors, cudaStream_t stream) {
+  const auto blocks = [](const RowNormArgs& args) {
+    return static_cast<uint32_t>(divide_up(args.rows, Tiles * kMmaRows));
+  };
+  for (const Table<RowNormArgs>& table : tables_of(tensors, row_norm_variant, blocks)) {
+    with_type(table.tensors[0].weight_dtype,
+              [&](auto weight) { launch_table<Tiles, decltype(weight)>(table, stream); });
+  }
+}
+
+void launch_row_norm_mma(const std::vector<RowNormArgs>& tensors, int sm_count,
+                         cudaStream_t stream) {
+  int64_t rows = 0;
+  for (const RowNormArgs& args : tensors) rows += args.rows;
+  if (mma_tiles(rows, sm_count) == 2) {
+    launch_tiles<2>(tensors, stream);
+  } else {
+    launch_tiles<1>(tensors, stream);
+  }
 }
 
 }  // namespace flatkern::cuda

@@ -1,35 +1,51 @@
 """How the clean bits of a weight are kept while noise is written in it."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from flatkern import ops
+from flatkern.ops._residual import FILLED, Header, in_kernels, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
 # Times the pool that a window was measured to need.
 _SPARE = 1.1
 
 
+class Kept(NamedTuple):
+    """A weight in a window, with what its noise is made from and what keeps its clean bits."""
+
+    keeper: "Keeper"
+    weight: Tensor
+    row_scale: Tensor
+    key: Tensor
+    # The row scale of a window with the largest noise.
+    largest_scale: Callable[[], Tensor]
+
+
 class Keeper(Protocol):
     """Keeps one weight's clean bits, from `prepare` to `restore`, window after window.
 
+    What is done to many weights is done in a few calls: `kept` are those of one kind of keeper.
     Every method may be interrupted and called again.
     """
 
     # Whether `restore` also serves a weight that was cast or moved since.
     survives_casts: bool
 
-    def prepare(self, weight: Tensor, largest_scale: Callable[[], Tensor], key: Tensor) -> None:
+    @staticmethod
+    def prepare(kept: list[Kept]) -> None:
         """Take the room that windows with a row scale up to `largest_scale()` need."""
 
-    def perturb(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
-        """Write the noise."""
+    @staticmethod
+    def perturb(kept: list[Kept]) -> None:
+        """Write the noise, into one weight after the other where they overlap."""
 
-    def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
-        """Bring back the clean bits; does nothing if they are there."""
+    @staticmethod
+    def restore(kept: list[Kept]) -> None:
+        """Bring back the clean bits, in the reverse order; nothing is done where they are there."""
 
     def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
         """A copy of the clean weight."""
@@ -48,30 +64,35 @@ class Snapshot:
         self._host = host
         self._copy: Tensor | None = None
 
-    def prepare(self, weight: Tensor, largest_scale: Callable[[], Tensor], key: Tensor) -> None:
-        """Copy the weight."""
-        like = (weight.shape, weight.dtype, self._device(weight))
+    @staticmethod
+    def prepare(kept: list[Kept]) -> None:
+        """Copy the weights."""
+        weights = [one.weight for one in kept]
+        torch._foreach_copy_([one.keeper._room(one.weight) for one in kept], weights)
+
+    def _room(self, weight: Tensor) -> Tensor:
+        device = torch.device("cpu") if self._host else weight.device
+        like = (weight.shape, weight.dtype, device)
         kept = self._copy
         if kept is None or (kept.shape, kept.dtype, kept.device) != like:
             with torch.inference_mode(False):
                 self._copy = self._allocate(weight)
-        self._copy.copy_(weight)
-
-    def _device(self, weight: Tensor) -> torch.device:
-        return torch.device("cpu") if self._host else weight.device
+        return self._copy
 
     def _allocate(self, weight: Tensor) -> Tensor:
         if not self._host:
             return torch.empty_like(weight)
         return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
 
-    def perturb(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
+    @staticmethod
+    def perturb(kept: list[Kept]) -> None:
         """Write the noise."""
-        ops.perturb_(weight, row_scale, key)
+        ops.foreach_perturb_(*_operands(kept))
 
-    def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
+    @staticmethod
+    def restore(kept: list[Kept]) -> None:
         """Copy back."""
-        weight.copy_(self._copy)
+        torch._foreach_copy_([one.weight for one in kept], [one.keeper._copy for one in kept])
 
     def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
         """A copy of the copy; the module may have been cast or moved inside the window."""
@@ -92,32 +113,65 @@ class Residual:
         self._residual: Tensor | None = None
         self._like: tuple | None = None
 
-    def prepare(self, weight: Tensor, largest_scale: Callable[[], Tensor], key: Tensor) -> None:
-        """Size the pool by a perturbation without one, which counts and writes no weight."""
+    @staticmethod
+    def prepare(kept: list[Kept]) -> None:
+        """Size the pools by a perturbation without one, which counts and writes no weight."""
+        for one in kept:
+            one.keeper._prepare(one)
+
+    def _prepare(self, one: Kept) -> None:
+        weight, capturing = one.weight, _is_capturing(one.weight)
         like = (weight.shape, weight.dtype, weight.device)
-        if self._like == like:
+        if self._like in ((*like, capturing), (*like, True)):
             return
         with torch.inference_mode(False):
-            counter = ops.new_residual(weight, 0)
-            ops.perturb_(weight, largest_scale(), key, residual=counter)
-            self._residual = ops.new_residual(weight, int(pool_need(counter)[0] * _SPARE))
-        self._like = like
+            # A CUDA graph that is being captured cannot count or grow: it takes the worst case.
+            pool_bytes = None
+            if not capturing:
+                counter = ops.new_residual(weight, 0)
+                ops.perturb_(weight, one.largest_scale(), one.key, residual=counter)
+                pool_bytes = int(pool_need(counter)[0] * _SPARE)
+            self._residual = ops.new_residual(weight, pool_bytes)
+        self._like = (*like, capturing)
 
-    def perturb(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
-        """Write the noise; where the pool is too small, once more with a larger one."""
-        ops.perturb_(weight, row_scale, key, residual=self._residual)
-        need, left_out = pool_need(self._residual)
-        if left_out:
-            ops.restore_(weight, row_scale, key, residual=self._residual)
-            with torch.inference_mode(False):
-                self._residual = ops.new_residual(weight, int(need * _SPARE))
-            ops.perturb_(weight, row_scale, key, residual=self._residual)
-            ops.check_residual(self._residual)
+    @staticmethod
+    def perturb(kept: list[Kept]) -> None:
+        """Write the noise; where a pool is too small, once more with a larger one."""
+        ops.foreach_perturb_(*_operands(kept), residuals=_residuals(kept))
+        headers = _headers(kept)
+        if not headers:
+            return
+        first = next((i for i, header in enumerate(headers) if header.clean), len(kept))
+        for header in headers[:first]:
+            raise_for("perturb_", header)
+        # Those behind the first without room as well: they may overlap it.
+        again = kept[first:]
+        if not again:
+            return
+        Residual.restore(again)
+        for one, header in zip(again, headers[first:], strict=True):
+            if header.clean:
+                with torch.inference_mode(False):
+                    pool_bytes = int(4 * header.asked * _SPARE)
+                    one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
+        ops.foreach_perturb_(*_operands(again), residuals=_residuals(again))
+        for header in _headers(again):
+            raise_for("perturb_", header)
 
-    def restore(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> None:
+    @staticmethod
+    def restore(kept: list[Kept]) -> None:
         """Decode in place."""
-        if is_filled(self._residual):
-            ops.restore_(weight, row_scale, key, residual=self._residual)
+        filled = kept[::-1]
+        # CUDA kernels see by themselves that nothing is left to do, and leave in the header what
+        # they refuse.
+        by_kernels = in_kernels(kept[0].weight)
+        if not by_kernels:
+            states = [header.state for header in _headers(filled)]
+            filled = [one for one, state in zip(filled, states, strict=True) if state == FILLED]
+        ops.foreach_restore_(*_operands(filled), residuals=_residuals(filled))
+        for header in _headers(filled) if by_kernels else ():
+            if header.state == FILLED:
+                raise_for("restore_", header)
 
     def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
         """Decode a copy."""
@@ -129,6 +183,31 @@ class Residual:
     def nbytes(self) -> int:
         """Header, directory and pool, once a window was open."""
         return 0 if self._residual is None else self._residual.nbytes
+
+
+def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, row scales and keys."""
+    return [one.weight for one in kept], [one.row_scale for one in kept], [one.key for one in kept]
+
+
+def _residuals(kept: list[Kept]) -> list[Tensor]:
+    return [one.keeper._residual for one in kept]
+
+
+def _headers(kept: list[Kept]) -> list[Header]:
+    """With one copy to the host for each device; none while a CUDA graph is captured."""
+    if any(_is_capturing(one.weight) for one in kept):
+        return []
+    headers: dict[int, Header] = {}
+    for device in {one.weight.device for one in kept}:
+        here = [i for i, one in enumerate(kept) if one.weight.device == device]
+        found = read_all([kept[i].keeper._residual for i in here])
+        headers.update(zip(here, found, strict=True))
+    return [headers[i] for i in range(len(kept))]
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def keeper_of(restore: str | None, weight: Tensor, before: Keeper | None = None) -> Keeper:

@@ -1,7 +1,8 @@
-"""Scale strategies: from a weight to the standard deviation of the noise of each row.
+"""Scale strategies: from weights to the standard deviations of the noise of each row.
 
-Each takes (weight [m, n], lora_A [r, n], lora_B [m, r], scaling s, sigma) and returns c, float32
-[m], on the weight's device. W' is the merged weight W + s B A.
+Each takes lists (weights [m, n], lora_As [r, n], lora_Bs [m, r], scalings s; the adapters None
+where there are none) and sigma, and returns c of every weight, float32 [m], on its device: few
+launches for a whole model. W' is the merged weight W + s B A.
 """
 
 import math
@@ -12,32 +13,33 @@ from torch import Tensor
 
 from flatkern import ops
 
-Strategy = Callable[[Tensor, Tensor | None, Tensor | None, float, float], Tensor]
+Adapters = list[Tensor] | None
+Strategy = Callable[[list[Tensor], Adapters, Adapters, list[float], float], list[Tensor]]
 
 
 def gaussian(
-    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, sigma: float
-) -> Tensor:
+    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
+) -> list[Tensor]:
     """c_i = sigma: the same standard deviation everywhere. Source: RWP (Li et al., 2022)."""
-    return torch.full((weight.shape[0],), sigma, dtype=torch.float32, device=weight.device)
+    return [torch.full((w.shape[0],), sigma, dtype=torch.float32, device=w.device) for w in weights]
 
 
 def row(
-    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, sigma: float
-) -> Tensor:
+    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
+) -> list[Tensor]:
     """c_i = sigma ||W'_i||. Source: LPF-SGD's code (Bisla et al., 2022)."""
-    return ops.row_norm(weight, lora_A, lora_B, scaling) * sigma
+    return torch._foreach_mul(ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings), sigma)
 
 
 def flat_lora(
-    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, sigma: float
-) -> Tensor:
+    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
+) -> list[Tensor]:
     """c_i = sigma / sqrt(n) ||W'_i||: a row's noise is about sigma times as long as the row.
 
     The same bits as `perturb_merged_`. Source: Flat-LoRA (Li et al., 2024), equation 7.
     """
-    columns = max(weight[:1].numel(), 1)
-    return ops.row_norm(weight, lora_A, lora_B, scaling) * (sigma / math.sqrt(columns))
+    factors = [sigma / math.sqrt(max(weight[:1].numel(), 1)) for weight in weights]
+    return torch._foreach_mul(ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings), factors)
 
 
 STRATEGIES: dict[str, Strategy] = {"gaussian": gaussian, "row": row, "flat_lora": flat_lora}

@@ -9,9 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
 from flatkern.nn import LoRALinear
-from flatkern.noise.keep import Keeper, keeper_of
+from flatkern.noise.keep import Keeper, Kept, keeper_of
 from flatkern.noise.strategies import Strategy
-from flatkern.ops._library import bump_version
+from flatkern.ops._library import bump_version, bump_versions
 
 
 @dataclass(eq=False)
@@ -58,50 +58,30 @@ class Target:
         with _backend.backend(self.backend):
             return self.keeper.clean(self.weight, self.row_scale, self.key)
 
-    def scale(self, strategy: Strategy, sigma: float, largest: float) -> None:
-        """Fill the row scale from the clean weight; later windows have a sigma up to `largest`."""
-        self.row_scale.copy_(self._row_scale(strategy, sigma))
-        self.largest = strategy, largest
-
-    def _row_scale(self, strategy: Strategy, sigma: float) -> Tensor:
-        layer = self.layers[0]
-        # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
-        adapters = layer.lora_A.detach(), layer.lora_B.detach()
-        return strategy(self.weight, *adapters, layer.scaling, sigma)
-
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
         self.backend = backend
         for layer in self.layers:
             layer._window = self
 
-    def show(self, mode: str) -> None:
-        """Let the layers see the noise."""
-        if mode == "virtual":
-            self.noisy = True
-        elif not self.perturbed:
-            self._perturb()
-
-    def hide(self) -> None:
-        """Let the layers see the clean weight: the exact bits."""
-        self.noisy = False
-        if self.perturbed:
-            self._restore()
-
     def leave(self) -> None:
         """Belong to no window; from here on a backward through this one raises."""
-        self.hide()
+        hide([self])
         if self.key is not None:
             bump_version(self.key)
         for layer in self.layers:
             if layer._window is self:
                 layer._window = None
 
-    def _perturb(self) -> None:
-        with _backend.backend(self.backend):
-            self.keeper = keeper_of(self.restore, self.weight, self.keeper)
-            self.keeper.prepare(self.weight, lambda: self._row_scale(*self.largest), self.key)
-        # From here on, because an error or Ctrl-C may leave the weight half written.
+    def kept(self) -> Kept:
+        """What the keeper takes."""
+        return Kept(self.keeper, self.weight, self.row_scale, self.key, self._largest_scale)
+
+    def _largest_scale(self) -> Tensor:
+        return _row_scales([self], *self.largest)[0]
+
+    def guard(self) -> None:
+        """From here on noise may be written in the weight: an error may leave it half written."""
         self.perturbed = True
         for module, name in self.owners:
             guard = _Guard(self, name)
@@ -109,17 +89,12 @@ class Target:
             self.hooks.append(module.register_load_state_dict_pre_hook(guard.refuse_load))
             if not self.keeper.survives_casts:
                 module._apply = guard.refuse_cast
-        with _backend.backend(self.backend):
-            self.keeper.perturb(self.weight, self.row_scale, self.key)
 
-    def _restore(self) -> None:
-        with _backend.backend(self.backend):
-            self.keeper.restore(self.weight, self.row_scale, self.key)
-        for layer in self.layers:
-            # A layer whose input needs no gradient saves no weight but adapters: without this, a
-            # late backward would go through unnoticed.
-            bump_version(layer.lora_A)
-            bump_version(layer.lora_B)
+    def release(self) -> None:
+        """The clean bits are back in the weight."""
+        # A layer whose input needs no gradient saves no weight but adapters: without this, a late
+        # backward would go through unnoticed.
+        bump_versions([t for layer in self.layers for t in (layer.lora_A, layer.lora_B)])
         for module, _ in self.owners:
             module.__dict__.pop("_apply", None)
         while self.hooks:
@@ -217,6 +192,66 @@ def allocate(targets: list[Target]) -> list[Tensor]:
                     target.weight.shape[0], dtype=torch.float32, device=device
                 )
     return tables
+
+
+def scale(targets: list[Target], strategy: Strategy, sigma: float, largest: float) -> None:
+    """Fill the row scales from the clean weights; later windows have a sigma up to `largest`."""
+    scales = _row_scales(targets, strategy, sigma)
+    torch._foreach_copy_([target.row_scale for target in targets], scales)
+    for target in targets:
+        target.largest = strategy, largest
+
+
+def _row_scales(targets: list[Target], strategy: Strategy, sigma: float) -> list[Tensor]:
+    layers = [target.layers[0] for target in targets]
+    # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
+    return strategy(
+        [target.weight for target in targets],
+        [layer.lora_A.detach() for layer in layers],
+        [layer.lora_B.detach() for layer in layers],
+        [layer.scaling for layer in layers],
+        sigma,
+    )
+
+
+def show(targets: list[Target], mode: str) -> None:
+    """Let the layers see the noise."""
+    if mode == "virtual":
+        for target in targets:
+            target.noisy = True
+        return
+    clean = [target for target in targets if not target.perturbed]
+    for target in clean:
+        with _backend.backend(target.backend):
+            target.keeper = keeper_of(target.restore, target.weight, target.keeper)
+    for backend, keeper, group in _groups(clean):
+        with _backend.backend(backend):
+            keeper.prepare([target.kept() for target in group])
+    for target in clean:
+        target.guard()
+    for backend, keeper, group in _groups(clean):
+        with _backend.backend(backend):
+            keeper.perturb([target.kept() for target in group])
+
+
+def hide(targets: list[Target]) -> None:
+    """Let the layers see the clean weights: the exact bits."""
+    for target in targets:
+        target.noisy = False
+    perturbed = [target for target in targets if target.perturbed]
+    for backend, keeper, group in _groups(perturbed):
+        with _backend.backend(backend):
+            keeper.restore([target.kept() for target in group])
+    for target in perturbed:
+        target.release()
+
+
+def _groups(targets: list[Target]) -> list[tuple[str, type[Keeper], list[Target]]]:
+    """The targets of each backend and kind of keeper, in order."""
+    groups: dict[tuple[str, type[Keeper]], list[Target]] = {}
+    for target in targets:
+        groups.setdefault((target.backend, type(target.keeper)), []).append(target)
+    return [(*group, members) for group, members in groups.items()]
 
 
 def fits(target: Target) -> bool:

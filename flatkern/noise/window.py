@@ -13,7 +13,7 @@ from flatkern import _backend
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.schedules import Schedule, constant
 from flatkern.noise.strategies import STRATEGIES
-from flatkern.noise.targets import allocate, collect, fits, summarise
+from flatkern.noise.targets import allocate, collect, fits, hide, scale, show, summarise
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
@@ -166,7 +166,7 @@ class WeightNoise:
             for target in self._targets:
                 weight = target.weight
                 target.enter(_backend.resolve(weight.device.type, weight.dtype))
-            self._show()
+            show(self._targets, self._mode)
         except BaseException:
             self._end()
             raise
@@ -200,8 +200,7 @@ class WeightNoise:
             return
         window.paused = True
         try:
-            for target in self._targets:
-                target.hide()
+            hide(self._targets)
             yield
         finally:
             if self._open is window:
@@ -209,7 +208,7 @@ class WeightNoise:
 
     def _resume(self, window: _Open) -> None:
         try:
-            self._show()
+            show(self._targets, self._mode)
             window.paused = False
         except BaseException:
             self._end()
@@ -285,17 +284,15 @@ class WeightNoise:
         for table in self._tables:
             for column, word in enumerate((key.seed, key.step, key.draw)):
                 table[:, column] = word
-        for target in self._targets:
-            target.scale(self._strategy, sigma_t, max(sigma_t, self._sigma))
-
-    def _show(self) -> None:
-        for target in self._targets:
-            target.show(self._mode)
+        scale(self._targets, self._strategy, sigma_t, max(sigma_t, self._sigma))
 
     def _end(self) -> None:
         """End the window; where it is interrupted, calling it again continues."""
         if self._open is None:
             return
+        # In a few calls; where one is refused, weight by weight, so that the others are restored.
+        with contextlib.suppress(Exception):
+            hide(self._targets)
         failure = None
         # Backwards, so that weights which overlap in memory come out right as well.
         for target in reversed(self._targets):

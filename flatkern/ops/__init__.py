@@ -1,5 +1,6 @@
 """The public ops; each is also registered as `torch.ops.flatkern.<name>`."""
 
+from flatkern.ops.foreach import foreach_perturb_, foreach_restore_, foreach_row_norm
 from flatkern.ops.noise import noise, philox_bits
 from flatkern.ops.noisy_linear import noisy_linear
 from flatkern.ops.perturb import perturb, perturb_, restore_
@@ -9,6 +10,9 @@ from flatkern.ops.row_norm import row_norm
 
 __all__ = [
     "check_residual",
+    "foreach_perturb_",
+    "foreach_restore_",
+    "foreach_row_norm",
     "new_residual",
     "noise",
     "noisy_linear",

@@ -7,7 +7,7 @@ dispatch key would silently replace each other; separate namespaces cannot.
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,5 +100,9 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 def bump_version(tensor: Tensor) -> None:
     """Tell autograd that `tensor` was written: kernels write behind its back."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+    bump_versions([tensor])
+
+
+def bump_versions(tensors: Sequence[Tensor]) -> None:
+    """`bump_version` of each."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

@@ -1,7 +1,8 @@
 """The residual's header: what a residual was filled for, and the refusals.
 
-Shape, dtype, key, offsets, row scale and implementation are compared here, before anything is
-written; the implementations compare each chunk with its check word.
+Shape, dtype, key, offsets, row scale and implementation are compared before anything is written:
+here, or by the CUDA kernels, which keep the header themselves so that no call waits for a copy to
+the host. The implementations compare each chunk with its check word.
 """
 
 import functools
@@ -18,13 +19,25 @@ from flatkern.ops import _check
 from flatkern.reference.residual import Layout
 
 # The other backends refuse a residual.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "reference")
 EMPTY, FILLED = 0, 1
+# The bits of `refused`, lowest first; csrc/residual.h has the same.
+_STATES = {
+    "bytes": "is not what new_residual returns",
+    "weight": "was made for a weight of another shape or dtype",
+    "filled": "was filled by an earlier perturb_ that was not restored; restore_ the weight first",
+    "empty": "is empty: nothing was perturbed with it since the last restore_",
+}
+REFUSALS = (
+    *_STATES,
+    *("implementation", "elementwise", "row_offset", "col_offset"),
+    *("seed", "step", "draw", "tensor", "row_scale"),
+)
 
 _MAGIC = b"FKR1"
 _VERSION = 1
 _NOISE_VERSION = 1
-_FIELDS = struct.Struct("<4sHBBQQQQ4IQQQQIII")
+_FIELDS = struct.Struct("<4sHBBQQQQ4IQQQQIIII")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALIGNMENT = 16
 
@@ -52,6 +65,7 @@ class Header:
     clean: int = 0  # chunks that found no room and were not perturbed
     state: int = EMPTY
     mismatched: int = 0  # chunks that the last restore refused
+    refused: int = 0  # CUDA: why the last call wrote nothing, bits of REFUSALS
 
 
 def layout_of(weight: Tensor) -> Layout:
@@ -70,7 +84,22 @@ def new_header(weight: Tensor, pool_words: int) -> Header:
 
 def read(residual: Tensor) -> Header:
     """The header of what passed `check`; synchronises where the residual is on a GPU."""
-    return Header(*_FIELDS.unpack(bytes(residual[: _FIELDS.size].tolist())))
+    return read_all([residual])[0]
+
+
+def read_all(residuals: list[Tensor]) -> list[Header]:
+    """The headers of residuals on one device, with one copy to the host."""
+    stacked = torch.stack([residual[: _FIELDS.size] for residual in residuals])
+    return [Header(*_FIELDS.unpack(bytes(row))) for row in stacked.tolist()]
+
+
+def create(residual: Tensor, header: Header) -> None:
+    """Write a header into zeros, by fills: nothing synchronises or is copied from the host."""
+    data = _FIELDS.pack(*vars(header).values())
+    words = residual[: len(data)].view(torch.int32)
+    for index, (value,) in enumerate(struct.iter_unpack("<i", data)):
+        if value:
+            words[index : index + 1].fill_(value)
 
 
 def write(residual: Tensor, header: Header) -> None:
@@ -101,8 +130,13 @@ def check_backend(op: str, weight: Tensor) -> None:
     if name not in BACKENDS:
         raise ValueError(
             f"{op}: residual must be None on backend {name!r}; the backends with an exact "
-            f"residual are {' and '.join(BACKENDS)}"
+            f"residual are {', '.join(BACKENDS[:-1])} and {BACKENDS[-1]}"
         )
+
+
+def in_kernels(weight: Tensor) -> bool:
+    """Whether the kernels keep the header; then refusals are left there for `require_done`."""
+    return _backend.resolve(weight.device.type, weight.dtype) == "cuda"
 
 
 def begin_perturb(
@@ -118,19 +152,18 @@ def begin_perturb(
 ) -> None:
     """Refuse a residual that is full; note what it is filled for, before the weight is written."""
     header = require_empty(op, residual, weight)
+    if header is None:
+        return
     header = _window(header, weight, row_scale, key, elementwise, row_offset, col_offset)
     # Before the weight is: interrupted here, a restore finds every chunk clean, as when empty.
     write(residual, replace(header, asked=0, clean=0, mismatched=0, state=FILLED))
 
 
-def require_empty(op: str, residual: Tensor, weight: Tensor) -> Header:
+def require_empty(op: str, residual: Tensor, weight: Tensor) -> Header | None:
     """Refuse a residual that is not this weight's, or holds what was not restored yet."""
     header = _own(op, residual, weight)
-    if header.state != EMPTY:
-        raise RuntimeError(
-            f"{op}: residual is filled by an earlier perturb_ that was not restored; restore_ the "
-            "weight first"
-        )
+    if header is not None and header.state != EMPTY:
+        raise RuntimeError(f"{op}: residual {_STATES['filled']}")
     return header
 
 
@@ -147,10 +180,10 @@ def begin_restore(
 ) -> None:
     """Refuse a residual that is empty, or was filled for anything else than this call."""
     header = _own(op, residual, weight)
+    if header is None:
+        return
     if header.state != FILLED:
-        raise RuntimeError(
-            f"{op}: residual is empty: nothing was perturbed with it since the last restore_"
-        )
+        raise RuntimeError(f"{op}: residual {_STATES['empty']}")
     now = _window(header, weight, row_scale, key, elementwise, row_offset, col_offset)
     if now.implementation != header.implementation:
         raise RuntimeError(
@@ -164,8 +197,10 @@ def begin_restore(
         raise RuntimeError(f"{op}: residual was filled with {was}, got {got}; nothing was written")
 
 
-def finish_restore(op: str, residual: Tensor) -> None:
+def finish_restore(op: str, residual: Tensor, weight: Tensor) -> None:
     """Empty again, unless chunks were refused."""
+    if in_kernels(weight):
+        return
     header = read(residual)
     _require_match(op, header)
     write(residual, replace(header, state=EMPTY))
@@ -173,14 +208,30 @@ def finish_restore(op: str, residual: Tensor) -> None:
 
 def require_done(op: str, residual: Tensor) -> None:
     """Refuse a perturbation or a restore that left chunks out."""
-    header = read(residual)
+    raise_for(op, read(residual))
+
+
+def raise_for(op: str, header: Header) -> None:
+    """`require_done` of a header that was read."""
     _require_format(op, header)
+    if header.refused:
+        _raise_refusal(op, header.refused)
     _require_match(op, header)
     if header.clean:
         raise RuntimeError(
             f"{op}: residual has no room for {header.clean} chunks, which were not perturbed: "
             f"they need pool_bytes={4 * header.asked}, it has {4 * header.capacity}"
         )
+
+
+def _raise_refusal(op: str, refused: int) -> None:
+    names = [name for bit, name in enumerate(REFUSALS) if refused >> bit & 1]
+    if names[0] in _STATES:
+        raise RuntimeError(f"{op}: residual {_STATES[names[0]]}; nothing was written")
+    raise RuntimeError(
+        f"{op}: residual was filled with {', '.join(names)} other than those of the last call; "
+        "nothing was written"
+    )
 
 
 def _require_match(op: str, header: Header) -> None:
@@ -196,15 +247,19 @@ def _require_format(op: str, header: Header) -> None:
         raise ValueError(f"{op}: residual must be what new_residual returns, got other bytes")
 
 
-def _own(op: str, residual: Tensor, weight: Tensor) -> Header:
-    """The header, if it is one of this weight's shape and dtype."""
+def _own(op: str, residual: Tensor, weight: Tensor) -> Header | None:
+    """The header, if it is one of this weight's shape and dtype; None where kernels keep it."""
     check_backend(op, weight)
-    header = read(residual)
     pool_bytes = residual.numel() - layout_of(weight).pool_begin
+    aligned = residual.data_ptr() % _ALIGNMENT == 0 and pool_bytes % 4 == 0
+    if in_kernels(weight):
+        if not aligned:
+            _check.refuse(op, "residual", "as new_residual returned it, not a part of it", residual)
+        return None
+    header = read(residual)
     _require_format(op, header)
     expected = new_header(weight, pool_bytes // 4)
     own = ("dtype", "rows", "cols", "capacity")
-    aligned = residual.data_ptr() % _ALIGNMENT == 0 and pool_bytes % 4 == 0
     if not aligned or any(getattr(header, name) != getattr(expected, name) for name in own):
         dtype = str(_DTYPES[header.dtype]).removeprefix("torch.")
         shape = f"{dtype} [{header.rows}, {header.cols}] with {header.capacity} words"

@@ -100,13 +100,14 @@ def perturb_(
         elementwise: e_ij = c_i z_ij |W_ij|.
         residual: from `new_residual`, empty; filled with what `restore_` needs to bring back the
             exact bits, and written. One that was given too few bytes leaves chunks unperturbed:
-            see `check_residual`. Backends: cpu and reference.
+            see `check_residual`. Backends: cpu, cuda and reference.
         row_offset, col_offset: global coordinates of the weight's first element.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, layout or device;
             nothing was written.
-        RuntimeError: the residual is filled already; nothing was written.
+        RuntimeError: the residual is filled already; nothing was written. On CUDA
+            `check_residual` raises it.
     """
     _check_kinds("perturb_", weight, row_scale, key, elementwise, row_offset, col_offset)
     _check.kinds("perturb_", Tensor, optional=True, residual=residual)
@@ -148,7 +149,8 @@ def restore_(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, layout or device;
             nothing was written.
         RuntimeError: the residual is empty, or was filled with another key, row scale, offset,
-            form or backend: nothing was written. Or the weight was changed, see above.
+            form or backend: nothing was written. Or the weight was changed, see above. On CUDA
+            `check_residual` raises all of these.
     """
     _check_kinds("restore_", weight, row_scale, key, elementwise, row_offset, col_offset)
     _check.kinds("restore_", Tensor, optional=True, residual=residual)
@@ -226,7 +228,7 @@ def _fake_out(weight, row_scale, key, *, elementwise=False, row_offset=0, col_of
 
 
 def run_inplace(op, weight, row_scale, key, residual, options):
-    """Run `perturb_` or `restore_` on a backend, and keep the residual's header."""
+    """Run `perturb_` or `restore_` on a backend; keep the residual's header if it does not."""
     if residual is not None:
         begin = _residual.begin_perturb if op == "perturb_" else _residual.begin_restore
         begin(op, residual, weight, row_scale, key, **options)
@@ -236,7 +238,7 @@ def run_inplace(op, weight, row_scale, key, residual, options):
     if residual is not None:
         bump_version(residual)
         if op == "restore_":
-            _residual.finish_restore(op, residual)
+            _residual.finish_restore(op, residual, weight)
 
 
 def _inplace(op):

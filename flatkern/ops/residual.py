@@ -16,7 +16,7 @@ def new_residual(weight: Tensor, pool_bytes: int | None = None) -> Tensor:
     """An empty residual, for `perturb_`, `perturb_merged_` and `restore_` of this weight.
 
     It is filled by a perturbation and emptied by its restore, again and again. It serves any
-    weight of the same shape and dtype, one at a time. Backends: cpu and reference.
+    weight of the same shape and dtype, one at a time. Backends: cpu, cuda and reference.
 
     Args:
         weight: [m, n], see `perturb`; its shape, dtype and device count, its values do not.
@@ -41,8 +41,9 @@ def new_residual(weight: Tensor, pool_bytes: int | None = None) -> Tensor:
 def check_residual(residual: Tensor) -> None:
     """Raise if the last `perturb_` or `restore_` with this residual did not do all it should.
 
-    Synchronises where the residual is on a GPU. On the CPU a refusal has been raised already; a
-    full pool is reported here alone.
+    Synchronises where the residual is on a GPU. With CUDA kernels every refusal is reported here,
+    because the calls wait for nothing; elsewhere it has been raised already. A full pool is
+    reported here alone.
 
     Args:
         residual: from `new_residual`.
@@ -50,7 +51,7 @@ def check_residual(residual: Tensor) -> None:
     Raises:
         TypeError, ValueError: not a residual.
         RuntimeError: chunks that found no room and were not perturbed (the message says how many
-            bytes are needed), or that a restore refused.
+            bytes are needed), or that a restore refused; on CUDA, why the call wrote nothing.
     """
     _check.kinds("check_residual", Tensor, residual=residual)
     torch.ops.flatkern.check_residual(residual)
@@ -92,7 +93,7 @@ def _select_new(weight, pool_bytes=None):
     _residual.check_backend("new_residual", weight)
     residual = _allocate(weight, pool_bytes)
     residual[: _residual.layout_of(weight).pool_begin] = 0
-    _residual.write(residual, _residual.new_header(weight, pool_bytes // 4))
+    _residual.create(residual, _residual.new_header(weight, pool_bytes // 4))
     return residual
 
 

@@ -1,6 +1,7 @@
 // What the tests of the emulated CUDA kernels share: keys, scales, and launches that are counted.
 #pragma once
 
+#include <cmath>
 #include <utility>
 
 #include "../../csrc/cuda/kernels.h"
@@ -42,3 +43,60 @@ inline std::vector<float> scales_of(int64_t rows, int64_t start) {
     scales[i] = special[(start + i) % (sizeof special / sizeof *special)];
   return scales;
 }
+
+// A weight and its adapters as register.cpp hands them over.
+struct Problem {
+  check::Matrix weight, lora_A, lora_B;
+  int64_t rank;
+
+  Problem(flatkern::Dtype dtype, int64_t rows, int64_t cols, int64_t rank, int64_t padding = 0,
+          int shift = 0)
+      : weight(dtype, rows, cols, padding, shift),
+        lora_A(flatkern::Dtype::kFloat32, rank > 0 ? rank : 1, (cols + 7) / 8 * 8),
+        lora_B(flatkern::Dtype::kFloat32, rows, rank > 0 ? rank : 1),
+        rank(rank) {
+    weight.fill(false, 1);
+    lora_A.fill(false, 2);
+    lora_B.fill(false, 3);
+    for (int64_t k = 0; k < lora_A.rows; ++k) {
+      for (int64_t j = cols; j < lora_A.cols; ++j) lora_A.set(k, j, 0);
+    }
+  }
+  // Whole rows times a power of two.
+  void scale_row(int64_t i, int exponent) {
+    for (int64_t j = 0; j < weight.cols; ++j) {
+      weight.set(i, j, check::rounded(std::ldexp(weight.value(i, j), exponent), weight.dtype));
+    }
+    for (int64_t k = 0; k < rank; ++k) {
+      lora_B.set(i, k, flatkern::bits_of_float(std::ldexp(lora_B.value(i, k), exponent)));
+    }
+  }
+  flatkern::cuda::RowNormArgs args(float* norm, float relative_scale = 1.0f) const {
+    return {weight.rows,
+            weight.cols,
+            rank,
+            weight.at(0, 0),
+            weight.dtype,
+            weight.stride,
+            reinterpret_cast<const float*>(lora_A.at(0, 0)),
+            lora_A.stride,
+            reinterpret_cast<const float*>(lora_B.at(0, 0)),
+            relative_scale,
+            norm};
+  }
+  // The norm of row i in float64, and that of absolute values, which rounding is relative to.
+  std::pair<double, double> exact(int64_t i) const {
+    double square = 0, size = 0;
+    for (int64_t j = 0; j < weight.cols; ++j) {
+      double merged = weight.value(i, j), absolute = std::fabs(merged);
+      for (int64_t k = 0; k < rank; ++k) {
+        const double product = static_cast<double>(lora_B.value(i, k)) * lora_A.value(k, j);
+        merged += product;
+        absolute += std::fabs(product);
+      }
+      square += merged * merged;
+      size += absolute * absolute;
+    }
+    return {std::sqrt(square), std::sqrt(size)};
+  }
+};

@@ -20,6 +20,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
@@ -171,13 +172,61 @@ inline void __syncthreads() { emulator::wait(emulator::State::kAtBarrier); }
 // Lanes exchange nothing through memory, so there is nothing to wait for.
 inline void __syncwarp() {}
 
-inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
-  if (mask != 0xFFFFFFFFu) emulator::fail("a shuffle of part of a warp is not emulated");
-  emulator::Fiber& fiber = emulator::self();
-  const unsigned turn = fiber.exchanges++ % 2;
+namespace emulator {
+
+// What each lane of the warp offers: 32-bit integers and floats fit a double.
+inline double offer(unsigned mask, double value, unsigned& turn) {
+  if (mask != 0xFFFFFFFFu) fail("a shuffle of part of a warp is not emulated");
+  Fiber& fiber = self();
+  turn = fiber.exchanges++ % 2;
   fiber.offered[turn] = value;
-  emulator::wait(emulator::State::kInShuffle);
+  wait(State::kInShuffle);
+  return value;
+}
+
+template <class F>
+unsigned reduce(unsigned mask, unsigned value, const F& f) {
+  unsigned turn;
+  offer(mask, value, turn);
+  const unsigned first = threadIdx.x / kWarpSize * kWarpSize;
+  unsigned result = static_cast<unsigned>(fibers[first].offered[turn]);
+  for (unsigned t = first + 1; t < first + kWarpSize; ++t) {
+    result = f(result, static_cast<unsigned>(fibers[t].offered[turn]));
+  }
+  return result;
+}
+
+}  // namespace emulator
+
+inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
+  unsigned turn;
+  emulator::offer(mask, value, turn);
   return emulator::fibers[threadIdx.x ^ distance].offered[turn];
+}
+inline unsigned __shfl_up_sync(unsigned mask, unsigned value, unsigned distance) {
+  unsigned turn;
+  emulator::offer(mask, value, turn);
+  if (threadIdx.x % emulator::kWarpSize < distance) return value;
+  return static_cast<unsigned>(emulator::fibers[threadIdx.x - distance].offered[turn]);
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  return emulator::reduce(mask, value, [](unsigned a, unsigned b) { return a + b; });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+  return emulator::reduce(mask, value, [](unsigned a, unsigned b) { return a | b; });
+}
+
+// Fibers run one at a time.
+template <class T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
+}
+inline unsigned atomicOr(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to |= value;
+  return before;
 }
 
 #define FLATKERN_LAUNCH(kernel, grid, threads, stream, ...) \

@@ -130,7 +130,7 @@ cuda::PerturbArgs args_of(const Case& c, const Matrix& weight, const Matrix& out
 
 void run(const Case& c, const cuda::PerturbArgs& args, int sm_count) {
   const auto launcher = c.restore ? cuda::launch_restore : cuda::launch_perturb;
-  launched([&] { launcher(args, sm_count, kStream); }, 1);
+  launched([&] { launcher({args}, sm_count, kStream); }, 1);
 }
 
 void check_case(const Case& c, bool wild) {
@@ -235,8 +235,8 @@ void test_empty() {
                                     cols, &scale,  false};
     launched([&] { cuda::launch_philox_bits({w, nullptr}, 132, kStream); }, 0);
     launched([&] { cuda::launch_noise({w, nullptr}, 132, kStream); }, 0);
-    launched([&] { cuda::launch_perturb(args, 132, kStream); }, 0);
-    launched([&] { cuda::launch_restore(args, 132, kStream); }, 0);
+    launched([&] { cuda::launch_perturb({args}, 132, kStream); }, 0);
+    launched([&] { cuda::launch_restore({args}, 132, kStream); }, 0);
   }
 }
 

@@ -11,67 +11,11 @@ using namespace check;
 
 namespace {
 
-// A weight and its adapters as register.cpp hands them over.
-struct Problem {
-  Matrix weight, lora_A, lora_B;
-  int64_t rank;
-
-  Problem(Dtype dtype, int64_t rows, int64_t cols, int64_t rank, int64_t padding = 0, int shift = 0)
-      : weight(dtype, rows, cols, padding, shift),
-        lora_A(Dtype::kFloat32, rank > 0 ? rank : 1, (cols + 7) / 8 * 8),
-        lora_B(Dtype::kFloat32, rows, rank > 0 ? rank : 1),
-        rank(rank) {
-    weight.fill(false, 1);
-    lora_A.fill(false, 2);
-    lora_B.fill(false, 3);
-    for (int64_t k = 0; k < lora_A.rows; ++k) {
-      for (int64_t j = cols; j < lora_A.cols; ++j) lora_A.set(k, j, 0);
-    }
-  }
-  // Whole rows times a power of two.
-  void scale_row(int64_t i, int exponent) {
-    for (int64_t j = 0; j < weight.cols; ++j) {
-      weight.set(i, j, rounded(std::ldexp(weight.value(i, j), exponent), weight.dtype));
-    }
-    for (int64_t k = 0; k < rank; ++k) {
-      lora_B.set(i, k, bits_of_float(std::ldexp(lora_B.value(i, k), exponent)));
-    }
-  }
-  cuda::RowNormArgs args(float* norm, float relative_scale = 1.0f) const {
-    return {weight.rows,
-            weight.cols,
-            rank,
-            weight.at(0, 0),
-            weight.dtype,
-            weight.stride,
-            reinterpret_cast<const float*>(lora_A.at(0, 0)),
-            lora_A.stride,
-            reinterpret_cast<const float*>(lora_B.at(0, 0)),
-            relative_scale,
-            norm};
-  }
-  // The norm of row i in float64, and that of absolute values, which rounding is relative to.
-  std::pair<double, double> exact(int64_t i) const {
-    double square = 0, size = 0;
-    for (int64_t j = 0; j < weight.cols; ++j) {
-      double merged = weight.value(i, j), absolute = std::fabs(merged);
-      for (int64_t k = 0; k < rank; ++k) {
-        const double product = static_cast<double>(lora_B.value(i, k)) * lora_A.value(k, j);
-        merged += product;
-        absolute += std::fabs(product);
-      }
-      square += merged * merged;
-      size += absolute * absolute;
-    }
-    return {std::sqrt(square), std::sqrt(size)};
-  }
-};
-
 std::vector<float> norms_of(const Problem& p, int sm_count, size_t kernels) {
   const int64_t rows = p.weight.rows;
   Guarded norm(rows * 4);
   float* norms = reinterpret_cast<float*>(norm.data());
-  launched([&] { cuda::launch_row_norm(p.args(norms), sm_count, kStream); }, kernels);
+  launched([&] { cuda::launch_row_norm({p.args(norms)}, sm_count, kStream); }, kernels);
   return {norms, norms + rows};
 }
 
@@ -196,7 +140,7 @@ void test_mma_masks() {
     args.lora_A = longer.args(nullptr).lora_A;
     std::vector<float> norms(40);
     args.norm = norms.data();
-    cuda::launch_row_norm(args, 1, kStream);
+    cuda::launch_row_norm({args}, 1, kStream);
     CHECK(same_bits(norms, expected), "ranks past %ld of A", rank);
 
     Problem spoiled(Dtype::kBFloat16, 40, 72, rank);
@@ -254,8 +198,8 @@ Merged merge(Problem& p, bool elementwise, int sm_count, bool parts) {
                                      elementwise};
   emulator::launches.clear();
   if (parts) {
-    cuda::launch_row_norm(norms, sm_count, kStream);
-    cuda::launch_perturb(perturb, sm_count, kStream);
+    cuda::launch_row_norm({norms}, sm_count, kStream);
+    cuda::launch_perturb({perturb}, sm_count, kStream);
   } else {
     cuda::launch_perturb_merged({perturb, norms}, sm_count, kStream);
   }
@@ -316,7 +260,7 @@ void test_empty() {
                                    0, nullptr, 0.5f, scale};
   const cuda::PerturbArgs perturb = {
       window(2, 0, 0, 0), nullptr, nullptr, Dtype::kFloat32, Dtype::kFloat32, 0, 0, scale, false};
-  launched([&] { cuda::launch_row_norm(norms, 132, kStream); }, 1);
+  launched([&] { cuda::launch_row_norm({norms}, 132, kStream); }, 1);
   CHECK(scale[0] == 0.0f && scale[1] == 0.0f, "norms of rows without columns");
   scale[0] = scale[1] = 7;
   launched([&] { cuda::launch_perturb_merged({perturb, norms}, 132, kStream); }, 1);
@@ -324,7 +268,7 @@ void test_empty() {
   cuda::RowNormArgs no_rows = norms;
   cuda::PerturbArgs none = perturb;
   no_rows.rows = none.window.rows = 0;
-  launched([&] { cuda::launch_row_norm(no_rows, 132, kStream); }, 0);
+  launched([&] { cuda::launch_row_norm({no_rows}, 132, kStream); }, 0);
   launched([&] { cuda::launch_perturb_merged({none, no_rows}, 132, kStream); }, 0);
 }
 
@@ -338,7 +282,7 @@ void test_beyond_int32() {
     cuda::RowNormArgs norms = p.args(scale.data());
     norms.weight = big.at(0, 0);
     norms.weight_stride = big.stride;
-    launched([&] { cuda::launch_row_norm(norms, 1, kStream); }, 2);
+    launched([&] { cuda::launch_row_norm({norms}, 1, kStream); }, 2);
     CHECK(same_bits(scale, norms_of(p, 1, 2)), "norms, stride %ld", big.stride);
     cuda::PerturbArgs perturb = {window(37, 264, 0, 0),
                                  big.at(0, 0),

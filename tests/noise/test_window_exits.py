@@ -87,31 +87,38 @@ def test_leaving_a_loop_or_a_function(model, mode):
     assert_over(noise, model, before)
 
 
+def fail_at(monkeypatch, op, failing, error, half_written=False):
+    """`op` does what comes before the weight number `failing` of its lists, then raises."""
+    original = getattr(flatkern.ops, op)
+
+    def fail(*lists, **options):
+        before = [values[: failing - 1] for values in lists]
+        original(*before, **{name: values[: failing - 1] for name, values in options.items()})
+        if half_written:
+            lists[0][failing - 1][0].fill_(7)
+        raise error
+
+    monkeypatch.setattr(flatkern.ops, op, fail)
+
+
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("failing", [1, 2, 3])
-@pytest.mark.parametrize("op", ["row_norm", "perturb_"])
 @pytest.mark.parametrize(
-    ("restore", "half_written"), [("snapshot", False), ("snapshot", True), ("residual", False)]
+    ("op", "restore", "half_written"),
+    [
+        ("foreach_row_norm", "snapshot", False),
+        ("foreach_perturb_", "snapshot", False),
+        ("foreach_perturb_", "snapshot", True),
+        ("foreach_perturb_", "residual", False),
+    ],
 )
 def test_error_in_the_kth_layer(monkeypatch, model, error, failing, op, restore, half_written):
     before = clean_weights(model)
     noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore=restore)
-    original, calls = getattr(flatkern.ops, op), []
-
-    def fail(weight, *args, **options):
-        calls.append(weight)
-        if len(calls) == failing:
-            if half_written and op == "perturb_":
-                weight[0].fill_(7)
-            raise error
-        return original(weight, *args, **options)
-
-    monkeypatch.setattr(flatkern.ops, op, fail)
+    fail_at(monkeypatch, op, failing, error, half_written)
     for enter in (noise.open, noise.window().__enter__):
-        calls.clear()
         with pytest.raises(error):
             enter()
-        assert len(calls) == failing
         assert noise.step == 0
         assert not noise.active
     monkeypatch.undo()
@@ -151,14 +158,14 @@ def test_a_layer_that_cannot_be_restored_does_not_keep_the_others(monkeypatch, m
     before = clean_weights(model)
     noise = flatkern.WeightNoise(model, 0.3, mode="inplace")
     noise.open()
-    restore = targets.Target._restore
+    restore = flatkern.ops.foreach_restore_
 
-    def fail(target):
-        if target.name == "3.weight":
+    def fail(weights, *lists, **options):
+        if any(weight.data_ptr() == model[3].weight.data_ptr() for weight in weights):
             raise RuntimeError("no device")
-        restore(target)
+        restore(weights, *lists, **options)
 
-    monkeypatch.setattr(targets.Target, "_restore", fail)
+    monkeypatch.setattr(flatkern.ops, "foreach_restore_", fail)
     with pytest.raises(RuntimeError, match="no device"):
         noise.close()
     tolerances.assert_same_bits(model[1].weight, before["1.weight"])
@@ -178,16 +185,8 @@ def test_a_layer_that_cannot_be_restored_does_not_keep_the_others(monkeypatch, m
 def test_error_when_a_pause_ends(monkeypatch, model, failing, restore):
     before = clean_weights(model)
     noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore=restore)
-    perturb_, calls = flatkern.ops.perturb_, []
-
-    def fail(*args, **options):
-        calls.append(args)
-        if len(calls) == failing:
-            raise MemoryError
-        perturb_(*args, **options)
-
     noise.open()
-    monkeypatch.setattr(flatkern.ops, "perturb_", fail)
+    fail_at(monkeypatch, "foreach_perturb_", failing, MemoryError)
     with pytest.raises(MemoryError), noise.paused():
         pass
     monkeypatch.undo()
@@ -285,10 +284,10 @@ def test_ctrl_c_in_close(mode):
 @pytest.mark.parametrize("grows", [False, True])
 def test_ctrl_c_while_a_residual_is_filled_or_emptied(grows):
     """Also inside the ops; a pool that is too small is filled, emptied and filled once more."""
-    model = make_model(torch.bfloat16, targets=("1",))
+    model = make_model(torch.bfloat16, targets=("1", "4"))
     before = clean_weights(model)
-    files = [sys.modules[f"flatkern.ops.{name}"].__file__ for name in ("_residual", "residual")]
-    files.append(sys.modules["flatkern.ops.perturb"].__file__)
+    names = ("_residual", "residual", "perturb", "foreach")
+    files = [sys.modules[f"flatkern.ops.{name}"].__file__ for name in names]
 
     def run(interrupt):
         noise = flatkern.WeightNoise(
@@ -306,4 +305,5 @@ def test_ctrl_c_while_a_residual_is_filled_or_emptied(grows):
                 tolerances.assert_same_bits(value, before[name])
             assert not noise.active
 
-    every_interrupt(run, more_files=files)
+    # Every other line, for time.
+    every_interrupt(run, step=2, more_files=files)

@@ -72,7 +72,7 @@ def test_a_backend_without_residuals_refuses_to_open(implementation):
     before, noise = clean_weights(model), inplace(model, restore="residual")
     if implementation.residual:
         pytest.skip("has one")
-    with pytest.raises(ValueError, match="cpu and reference"):
+    with pytest.raises(ValueError, match="cpu, cuda and reference"):
         noise.open()
     assert not noise.active
     assert_clean(model, before)

@@ -315,24 +315,3 @@ def test_scale_is_a_constant_to_autograd(device):
     flatkern.ops.perturb_(plain, scale, make_key(device))
     tolerances.assert_same_bits(plain, expected)
     assert not plain.requires_grad
-
-
-def test_no_temporary_of_the_weights_size(implementation, device):
-    if not implementation.streams:
-        pytest.skip(f"{implementation.name} materialises what it needs")
-    from flatkern._memory import peak_bytes
-
-    weight = torch.full((2048, 4096), 0.5, dtype=torch.bfloat16, device=device)
-    out = torch.empty_like(weight)
-    scale, key = torch.full((2048,), 0.1, device=device), make_key(device)
-    slice_of_it = weight[:, 1:]
-    calls = {
-        "perturb_": lambda: flatkern.ops.perturb_(weight, scale, key),
-        "restore_": lambda: flatkern.ops.restore_(weight, scale, key),
-        "strided": lambda: flatkern.ops.perturb_(slice_of_it, scale, key),
-        "out": lambda: flatkern.ops.perturb(weight, scale, key, out=out),
-        "merged": lambda: flatkern.ops.perturb_merged_(weight, None, None, 1.0, 0.1, key),
-    }
-    for name, call in calls.items():
-        # The weight is 16 MiB; what an op may need is a few rows, or c.
-        assert peak_bytes(call, device) < 1 << 20, name

@@ -13,7 +13,6 @@ from residuals import (
 )
 
 from flatkern import ops
-from flatkern._memory import peak_bytes
 from flatkern.reference import residual as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -305,13 +304,3 @@ def test_torch_set_flush_denormal_does_not_matter(implementation, device, dtype)
     finally:
         torch.set_flush_denormal(False)
     tolerances.assert_same_bits(work, weight)
-
-
-def test_streams(implementation, device):
-    if not implementation.streams:
-        pytest.skip("full-size temporaries are allowed in the reference")
-    weight, key = gaussian((512, 4096), torch.bfloat16, device), make_key(device)
-    scale, residual = constant(weight, 0.003), ops.new_residual(weight)
-    for op in (ops.perturb_, ops.restore_):
-        peak = peak_bytes(lambda op=op: op(weight, scale, key, residual=residual), device)
-        assert peak < weight.numel() // 8

@@ -1,0 +1,266 @@
+// What the residual's two kernels share: a chunk's elements in a block's registers, and sums over
+// the block.
+#pragma once
+
+#include "bracket.h"
+#include "perturb.h"
+
+namespace flatkern::cuda {
+
+// A block has a chunk, a thread the chunk's next kThreadVectors * kVector elements.
+constexpr int kThreadVectors = 2;
+constexpr int kThreadElements = kThreadVectors * kVector;
+constexpr int kChunkThreads = static_cast<int>(kChunk) / kThreadElements;
+constexpr int kChunkWarps = kChunkThreads / kWarp;
+// A full stream: eight bits an element. A thread's fields may be read two words beyond.
+constexpr uint32_t kStreamWords = static_cast<uint32_t>(kChunk) * 8 / 32;
+constexpr uint32_t kStreamRoom = kStreamWords + 4;
+constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+
+// Sums over the block; one barrier, behind which `totals` must stay as it is.
+struct BlockSum {
+  uint32_t before, total;  // of the threads before this one; of all
+};
+
+FLATKERN_HD uint32_t pair_of(uint32_t low, uint32_t high) { return low | high << 16; }
+
+__device__ __forceinline__ BlockSum block_sum(uint32_t value, uint32_t* totals) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  uint32_t sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t up = __shfl_up_sync(kWholeWarp, sum, distance);
+    if (lane >= distance) sum += up;
+  }
+  if (lane == kWarp - 1) totals[warp] = sum;
+  __syncthreads();
+  BlockSum result = {sum - value, 0};
+#pragma unroll
+  for (int w = 0; w < kChunkWarps; ++w) {
+    const uint32_t total = totals[w];
+    if (w < warp) result.before += total;
+    result.total += total;
+  }
+  return result;
+}
+
+// The sum of a warp's values in `totals`, for others to read behind a barrier.
+__device__ __forceinline__ void warp_total(uint32_t value, uint32_t* totals) {
+  const uint32_t sum = __reduce_add_sync(kWholeWarp, value);
+  if (threadIdx.x % kWarp == 0) totals[threadIdx.x / kWarp] = sum;
+}
+__device__ __forceinline__ uint32_t sum_of(const uint32_t* totals) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (int w = 0; w < kChunkWarps; ++w) sum += totals[w];
+  return sum;
+}
+
+// Bit patterns of packed elements, by index.
+template <class T>
+FLATKERN_HD uint32_t code_at(const Packed<T>& packed, int i) {
+  if constexpr (sizeof(T) == 4) return packed.bits[i / 4].w[i % 4];
+  const uint32_t pair = packed.bits[0].w[i / 2];
+  return i % 2 ? pair >> 16 : pair & 0xFFFFu;
+}
+template <class T>
+FLATKERN_HD void set_codes(Packed<T>& packed, const uint32_t* codes) {
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < kVector; ++i) packed.bits[i / 4].w[i % 4] = codes[i];
+  } else {
+    for (int i = 0; i < kVector; i += 2) packed.bits[0].w[i / 2] = pair_of(codes[i], codes[i + 1]);
+  }
+}
+template <class T>
+FLATKERN_HD T value_of_code(uint32_t code) {
+  if constexpr (sizeof(T) == 4) {
+    return float_of_bits(code);
+  } else {
+    return {static_cast<uint16_t>(code)};
+  }
+}
+FLATKERN_HD uint32_t code_of(float value) { return bits_of_float(value); }
+template <class T>
+FLATKERN_HD uint32_t code_of(T value) {
+  return value.bits;
+}
+
+// S of packed W: the bits of perturb.
+template <class T, bool Elementwise>
+FLATKERN_HD Packed<T> perturb_packed(const Packed<T>& weight, const float* e) {
+  float w[kVector], value[kVector];
+  to_floats(weight, w);
+  for (int i = 0; i < kVector; ++i) value[i] = Perturb::apply(w[i], e[i], Elementwise);
+  Packed<T> noisy = round_packed<T>(value);
+  if (!all_finite(noisy)) {
+    uint32_t codes[kVector];
+    for (int i = 0; i < kVector; ++i) {
+      codes[i] = code_of(keep_finite<T>(value_of_code<T>(code_at(weight, i)), value[i]));
+    }
+    set_codes(noisy, codes);
+  }
+  return noisy;
+}
+
+// sum + low half * first + high half * second, for weights below 256: one instruction.
+FLATKERN_HD uint32_t dot_of_pair(uint32_t pair, uint32_t first, uint32_t second, uint32_t sum) {
+#ifdef __CUDA_ARCH__
+  return __dp2a_lo(pair, first | second << 8, sum);
+#else
+  return sum + (pair & 0xFFFFu) * first + (pair >> 16) * second;
+#endif
+}
+
+// The sum of code (2 i + 1) over a vector whose first element is `first` of its chunk.
+template <class T>
+FLATKERN_HD uint32_t check_of(const Packed<T>& packed, uint32_t first) {
+  uint32_t sum = 0, odd = 0;
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < kVector; ++i) {
+      sum += code_at(packed, i);
+      odd += code_at(packed, i) * (2 * i + 1);
+    }
+  } else {
+    for (int i = 0; i < kVector; i += 2) {
+      const uint32_t pair = packed.bits[0].w[i / 2];
+      sum = dot_of_pair(pair, 1, 1, sum);
+      odd = dot_of_pair(pair, 2 * i + 1, 2 * i + 3, odd);
+    }
+  }
+  return sum * (2 * first) + odd;
+}
+
+// A chunk in shared memory, where its rows cannot be read as vectors.
+template <bool Vector>
+struct Staged {
+  uint32_t codes[kChunk];
+  float e[kChunk];
+};
+template <>
+struct Staged<true> {};
+
+// The elements of the calling thread; zeros, with no noise, past the chunk's end. Vector: rows are
+// 16-byte aligned, start on a group of columns and are whole threads long.
+template <class T, bool Vector>
+struct Tile {
+  const PerturbArgs& args;
+  const ChunkSpan& span;
+  const uint32_t count, first;
+  T* const base;
+  Staged<Vector>* const staged;
+  bool inside;
+  PhiloxRow row;
+  RowScale c;
+  uint32_t group;
+  T* here;
+
+  __device__ __forceinline__ Tile(const PerturbArgs& args, const ChunkSpan& span,
+                                  Staged<Vector>* staged)
+      : args(args),
+        span(span),
+        count(static_cast<uint32_t>(span.count())),
+        first(threadIdx.x * kThreadElements),
+        base(static_cast<T*>(args.out) + span.row * args.out_stride + span.begin),
+        staged(staged) {
+    if constexpr (Vector) {
+      inside = first < count;
+      const uint32_t i = span.rows == 1 ? 0 : first / static_cast<uint32_t>(span.cols);
+      const uint32_t j = first - i * static_cast<uint32_t>(span.cols);
+      here = base + i * args.out_stride + j;
+      const int64_t row_index = span.row + (inside ? i : 0);
+      row = philox_row(load_key(args.window.key),
+                       static_cast<uint32_t>(args.window.row_offset + row_index));
+      c = row_scale_of(args.row_scale[row_index]);
+      group = static_cast<uint32_t>((args.window.col_offset + span.begin + j) / 4);
+    } else {
+      for (uint32_t k = threadIdx.x; k < kChunk; k += kChunkThreads) {
+        staged->codes[k] = k < count ? code_of(*at(k)) : 0;
+        staged->e[k] = 0.0f;
+      }
+      __syncthreads();
+      stage_noise();
+      __syncthreads();
+    }
+  }
+
+  // An element of the chunk.
+  __device__ __forceinline__ T* at(uint32_t k) const {
+    if (span.rows == 1) return base + k;
+    const uint32_t cols = static_cast<uint32_t>(span.cols), i = k / cols;
+    return base + i * args.out_stride + (k - i * cols);
+  }
+
+  __device__ __forceinline__ void stage_noise() const {
+    const uint64_t begin = args.window.col_offset + span.begin;
+    const uint32_t misfit = static_cast<uint32_t>(begin % 4);
+    const uint32_t cols = static_cast<uint32_t>(span.cols), groups = (misfit + cols + 3) / 4;
+    for (uint32_t g = threadIdx.x; g < groups * span.rows; g += kChunkThreads) {
+      const uint32_t i = g / groups;
+      const PhiloxRow of = philox_row(load_key(args.window.key),
+                                      static_cast<uint32_t>(args.window.row_offset + span.row + i));
+      const RowScale scale = row_scale_of(args.row_scale[span.row + i]);
+      float e[4];
+      scaled_group(of, static_cast<uint32_t>(begin / 4) + g % groups, scale.scale, e);
+      // Below 0, wrapped around, before the row's first column.
+      const uint32_t j = g % groups * 4 - misfit;
+#pragma unroll
+      for (int lane = 0; lane < 4; ++lane) {
+        if (j + lane < cols) staged->e[i * cols + j + lane] = e[lane] * scale.after;
+      }
+    }
+  }
+
+  __device__ __forceinline__ Packed<T> load(int v) const {
+    Packed<T> packed = {};
+    if constexpr (Vector) {
+      if (inside) packed = load_packed(here + v * kVector);
+    } else {
+      set_codes(packed, staged->codes + first + v * kVector);
+    }
+    return packed;
+  }
+
+  __device__ __forceinline__ void noise(int v, float* e) const {
+    if constexpr (Vector) {
+      const float scale = inside ? c.scale : 0.0f;
+      scaled_group(row, group + 2 * v, scale, e);
+      scaled_group(row, group + 2 * v + 1, scale, e + 4);
+      if (c.after != 1.0f) {
+        for (int i = 0; i < kVector; ++i) e[i] *= c.after;
+      }
+    } else {
+      for (int i = 0; i < kVector; ++i) e[i] = staged->e[first + v * kVector + i];
+    }
+  }
+
+  // All threads of the block together.
+  __device__ __forceinline__ void store(const Packed<T>* packed) const {
+    if constexpr (Vector) {
+      if (!inside) return;
+#pragma unroll
+      for (int v = 0; v < kThreadVectors; ++v) store_packed(here + v * kVector, packed[v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kThreadVectors; ++v) {
+        for (int i = 0; i < kVector; ++i) {
+          staged->codes[first + v * kVector + i] = code_at(packed[v], i);
+        }
+      }
+      __syncthreads();
+      for (uint32_t k = threadIdx.x; k < count; k += kChunkThreads) {
+        *at(k) = value_of_code<T>(staged->codes[k]);
+      }
+    }
+  }
+};
+
+// Decides, ahead of the chunks' kernel, whether it may write anything.
+void launch_residual_begin(const ResidualArgs& args, bool restore, cudaStream_t stream);
+
+// How the kernels read a weight's rows.
+inline bool takes_vectors(const PerturbArgs& args) {
+  return is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
+         args.window.col_offset % 4 == 0 && args.window.cols % kThreadElements == 0;
+}
+
+}  // namespace flatkern::cuda

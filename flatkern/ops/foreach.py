@@ -1,0 +1,292 @@
+"""The ops of a whole model: lists of tensors, in few launches. Names as torch's `_foreach_` ops."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flatkern import _backend
+from flatkern.ops import _check, _residual
+from flatkern.ops._library import as_matrix, bump_versions, define, implement, kernel
+from flatkern.ops.perturb import check_values
+
+# Lists of all tensors; empty adapters and residuals stand for none.
+define(
+    "foreach_row_norm",
+    "(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings) -> Tensor[]",
+)
+for _op in ("foreach_perturb_", "foreach_restore_"):
+    define(
+        _op,
+        "(Tensor(a!)[] weights, Tensor[] row_scales, Tensor[] keys, *, bool elementwise, "
+        "Tensor(b!)[] residuals, SymInt[] row_offsets, SymInt[] col_offsets) -> ()",
+    )
+
+
+def foreach_row_norm(
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor] | None = None,
+    lora_Bs: Sequence[Tensor] | None = None,
+    scalings: float | Sequence[float] = 1.0,
+) -> list[Tensor]:
+    """`row_norm` of every weight, bit for bit; shapes, dtypes and devices may differ.
+
+    Args:
+        weights: see `row_norm`.
+        lora_As, lora_Bs: one of each for every weight, or None.
+        scalings: one for every weight, or one for all.
+
+    Returns:
+        float32 [m] for each weight.
+
+    Raises:
+        TypeError, ValueError: as `row_norm`; or lists of different lengths.
+    """
+    op = "foreach_row_norm"
+    _check_list(op, Tensor, "weights", weights)
+    if (lora_As is None) != (lora_Bs is None):
+        missing, given = ("lora_As", "lora_Bs") if lora_As is None else ("lora_Bs", "lora_As")
+        raise ValueError(f"{op}: {missing} must be given together with {given}, got None")
+    if lora_As is None:
+        lora_As = lora_Bs = ()
+    else:
+        _check_list(op, Tensor, "lora_As", lora_As, len(weights))
+        _check_list(op, Tensor, "lora_Bs", lora_Bs, len(weights))
+    _check.kinds(op, (float, int, list, tuple), scalings=scalings)
+    if not isinstance(scalings, list | tuple):
+        scalings = [scalings] * len(weights)
+    _check_list(op, (float, int), "scalings", scalings, len(weights))
+    return torch.ops.flatkern.foreach_row_norm(
+        [weight.detach() for weight in weights],
+        [lora_A.detach() for lora_A in lora_As],
+        [lora_B.detach() for lora_B in lora_Bs],
+        scalings,
+    )
+
+
+def foreach_perturb_(
+    weights: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    elementwise: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    row_offsets: Sequence[int] | None = None,
+    col_offsets: Sequence[int] | None = None,
+) -> None:
+    """`perturb_` of every weight, bit for bit; shapes, dtypes and devices may differ.
+
+    Nothing is written before everything is checked.
+
+    Args:
+        weights: see `perturb_`; written, one after the other where they overlap in memory.
+        row_scales, keys: one of each for every weight.
+        elementwise: for all of them.
+        residuals: one for every weight, or None.
+        row_offsets, col_offsets: one for every weight; None: 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `perturb_`; or lists of different lengths.
+    """
+    lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
+    _inplace("foreach_perturb_", elementwise, *lists)
+
+
+def foreach_restore_(
+    weights: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    elementwise: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    row_offsets: Sequence[int] | None = None,
+    col_offsets: Sequence[int] | None = None,
+) -> None:
+    """`restore_` of every weight, bit for bit. Arguments and errors: as `foreach_perturb_`.
+
+    Weights that overlap in memory come back if they are given in the reverse order. Where
+    residuals refuse chunks that changed, all other chunks of all weights are restored.
+    """
+    lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
+    _inplace("foreach_restore_", elementwise, *lists)
+
+
+def _inplace(op, elementwise, weights, row_scales, keys, residuals, row_offsets, col_offsets):
+    _check_list(op, Tensor, "weights", weights)
+    count = len(weights)
+    row_offsets = [0] * count if row_offsets is None else row_offsets
+    col_offsets = [0] * count if col_offsets is None else col_offsets
+    _check_list(op, Tensor, "row_scales", row_scales, count)
+    _check_list(op, Tensor, "keys", keys, count)
+    if residuals is not None:
+        _check_list(op, Tensor, "residuals", residuals, count)
+    _check_list(op, (int, torch.SymInt), "row_offsets", row_offsets, count)
+    _check_list(op, (int, torch.SymInt), "col_offsets", col_offsets, count)
+    _check.kinds(op, bool, elementwise=elementwise)
+    getattr(torch.ops.flatkern, op)(
+        [weight.detach() for weight in weights],
+        row_scales,
+        keys,
+        elementwise=elementwise,
+        residuals=residuals or [],
+        row_offsets=row_offsets,
+        col_offsets=col_offsets,
+    )
+
+
+def _check_list(op, accepted, name, values, count=None):
+    """A list or tuple of `count` values of an accepted type."""
+    _check.kinds(op, (list, tuple), **{name: values})
+    if count is not None and len(values) != count:
+        raise ValueError(f"{op}: {name} must be as many as weights, {count}, got {len(values)}")
+    for index, value in enumerate(values):
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            _check.kinds(op, accepted, **{f"{name}[{index}]": value})
+
+
+def _by_backend(tensors: Sequence[Tensor]) -> Iterator[tuple[str, list[int]]]:
+    """The backends that serve the tensors, each with the indices of one device's, in order."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+    groups: dict[tuple[torch.device, str], list[int]] = {}
+    for (device, dtype), indices in kinds.items():
+        backend = _backend.resolve(device.type, dtype)
+        groups.setdefault((device, backend), []).extend(indices)
+    for (_, backend), indices in groups.items():
+        yield backend, sorted(indices)
+
+
+def _has_list_form(backend: str) -> bool:
+    """Whether the backend has kernels for many tensors; the others take one after the other."""
+    return backend in ("cpu", "cuda")
+
+
+def _check_row_norm(weights, lora_As, lora_Bs, scalings):
+    for i, weight in enumerate(weights):
+        op = f"foreach_row_norm: tensor {i}"
+        shape = _check.weight(op, weight)
+        adapters = (lora_As[i], lora_Bs[i]) if lora_As else (None, None)
+        _check.adapters(op, *adapters, scalings[i], shape, weight.device)
+
+
+def _select_row_norm(weights, lora_As, lora_Bs, scalings):
+    _check_row_norm(weights, lora_As, lora_Bs, scalings)
+    norms: list[Tensor | None] = [None] * len(weights)
+    for backend, indices in _by_backend(weights):
+        matrices = [as_matrix(weights[i]) for i in indices]
+        own_As, own_Bs, own_scalings = (
+            [values[i] for i in indices] if values else []
+            for values in (lora_As, lora_Bs, scalings)
+        )
+        if _has_list_form(backend):
+            run = kernel("foreach_row_norm", matrices[0], backend)
+            found = run(matrices, own_As, own_Bs, own_scalings)
+        else:
+            run = kernel("row_norm", matrices[0], backend)
+            none = [None] * len(indices)
+            found = map(run, matrices, own_As or none, own_Bs or none, own_scalings)
+        for i, norm in zip(indices, found, strict=True):
+            norms[i] = norm
+    return norms
+
+
+def _fake_row_norm(weights, lora_As, lora_Bs, scalings):
+    _check_row_norm(weights, lora_As, lora_Bs, scalings)
+    return [weight.new_empty((weight.shape[0],), dtype=torch.float32) for weight in weights]
+
+
+implement("foreach_row_norm", _select_row_norm, _fake_row_norm)
+
+
+def _define_inplace(op: str, single: str) -> None:
+    """Selector and fake of `foreach_perturb_` or `foreach_restore_`, which differ in the kernel."""
+
+    def fake(weights, row_scales, keys, *, elementwise, residuals, row_offsets, col_offsets):
+        for i, weight in enumerate(weights):
+            own = f"{op}: tensor {i}"
+            check_values(own, weight, row_scales[i], keys[i], row_offsets[i], col_offsets[i])
+            if residuals:
+                _residual.check(own, residuals[i], weight)
+
+    def select(weights, row_scales, keys, *, elementwise, residuals, row_offsets, col_offsets):
+        lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
+        fake(
+            *lists[:3],
+            elementwise=elementwise,
+            residuals=residuals,
+            row_offsets=row_offsets,
+            col_offsets=col_offsets,
+        )
+        if residuals:
+            _begin(op, single, elementwise, *lists)
+        for backend, indices in _by_backend(weights):
+            own = [[values[i] for i in indices] if values else [] for values in lists]
+            _run(op, single, backend, elementwise, *own)
+        if residuals:
+            _finish(op, single, residuals, weights)
+
+    implement(op, select, fake)
+
+
+def _run(op, single, backend, elementwise, weights, row_scales, keys, residuals, rows, cols):
+    """All tensors are of one device and backend."""
+    matrices = [as_matrix(weight) for weight in weights]
+    if _has_list_form(backend):
+        kernel(op, matrices[0], backend)(
+            matrices,
+            row_scales,
+            keys,
+            elementwise=elementwise,
+            residuals=residuals,
+            row_offsets=rows,
+            col_offsets=cols,
+        )
+    else:
+        run = kernel(single, matrices[0], backend)
+        for i, matrix in enumerate(matrices):
+            run(
+                matrix,
+                row_scales[i],
+                keys[i],
+                elementwise=elementwise,
+                residual=residuals[i] if residuals else None,
+                row_offset=rows[i],
+                col_offset=cols[i],
+            )
+    bump_versions(weights)
+
+
+def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, cols):
+    """What the residuals refuse, before any of them is written."""
+    for i, residual in enumerate(residuals if single == "perturb_" else ()):
+        _residual.require_empty(f"{op}: tensor {i}", residual, weights[i])
+    begin = _residual.begin_perturb if single == "perturb_" else _residual.begin_restore
+    for i, residual in enumerate(residuals):
+        begin(
+            f"{op}: tensor {i}",
+            residual,
+            weights[i],
+            row_scales[i],
+            keys[i],
+            elementwise=elementwise,
+            row_offset=rows[i],
+            col_offset=cols[i],
+        )
+
+
+def _finish(op, single, residuals, weights):
+    """Note what was done; the first refusal is raised when all are noted."""
+    bump_versions(residuals)
+    failure = None
+    for i, residual in enumerate(residuals if single == "restore_" else ()):
+        try:
+            _residual.finish_restore(f"{op}: tensor {i}", residual, weights[i])
+        except RuntimeError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+_define_inplace("foreach_perturb_", "perturb_")
+_define_inplace("foreach_restore_", "restore_")
