@@ -71,7 +71,7 @@ def noisy_linear(
         key: int64 [4] on the weight's device.
         elementwise: e_ij = c_i z_ij |W_ij|.
         scratch_bytes: bound on the scratch for noisy panels (at least one row or column),
-            default 32 MiB.
+            default 32 MiB. With Triton few tokens need none: the product makes the noise.
         row_offset, col_offset: global coordinates of the weight's first element.
 
     Returns:
