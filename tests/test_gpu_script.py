@@ -102,7 +102,10 @@ def test_noisy_linear_beside_its_predictions():
     slow = Cell("noisy_linear backward", 11008, 4096, "bfloat16", "triton", 512)
     results[slow] = {"status": "ok", "seconds": 60e-6}
     got = row(gpu_table.linear_table(results), "11008x4096", "512", "backward")
-    assert got == ["77", "30.0", "+142 %", "+0%", "+100%"]
+    assert got == ["77", "30.0", "+142 %", "", "+0%", "+100%"]
+    # 27.5 us of the model in flatkern.ops._cost, over 3 + 12.4 of a product that reads the weight.
+    got = row(gpu_table.linear_table(results), "4096x4096", "64", "forward")
+    assert got[3] == "+78%"
 
 
 def test_judges(tmp_path):
