@@ -59,7 +59,7 @@ class FlatLoRA(Method):
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """The mean gradient at W' + e."""
-        with self.noise.window():
+        with self.noise.window(micro_batches=len(batches)):
             return self.mean_gradient(loss_fn, batches)
 
     def state_dict(self) -> dict[str, Any]:

@@ -244,6 +244,6 @@ def summarise(targets: list[Target], mode: str) -> str:
     ]
     total = f"{len(rows)} weights, {elements:,} elements; {operand_bytes:,} bytes of row scales "
     total += "and keys"
-    if mode == "inplace":
+    if mode != "virtual":
         total += f", {kept_bytes:,} bytes of clean bits"
     return "\n".join([*lines, total])

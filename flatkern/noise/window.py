@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatkern import _backend
 from flatkern.noise.keys import NoiseKey
+from flatkern.noise.modes import all_writable, best_mode
 from flatkern.noise.schedules import Schedule, constant
 from flatkern.noise.strategies import STRATEGIES
 from flatkern.noise.targets import allocate, collect, fits, summarise
@@ -18,7 +19,7 @@ from flatkern.ops import _check
 
 _OP = "WeightNoise"
 SCOPES = ("merged",)
-MODES = ("virtual", "inplace")
+MODES = ("virtual", "inplace", "auto")
 RESTORES = ("residual", "snapshot", "host")
 RANKS = ("same", "independent")
 _DRAWS = 2**16
@@ -31,6 +32,7 @@ class _Open:
     step: int
     sigma_t: float
     advances: bool
+    mode: str
     paused: bool = False
 
 
@@ -50,6 +52,9 @@ class WeightNoise:
     - inplace: W is written at open; its exact bits come back at close, from what `restore` names
       (memory: see `summary`, after the first window). Everything that shares the tensor, such as a
       tied embedding, sees the noise too.
+
+    "auto" takes the cheaper one for each window's `micro_batches` (docs/modes.md): in place from
+    three on, where residuals have kernels and nobody else holds the weights.
 
     A window covers forward and backward: a backward after its close raises a RuntimeError (not
     where activation checkpointing recomputes the layers of an in-place window: then nothing of
@@ -78,7 +83,7 @@ class WeightNoise:
             strategy: c from W' = W + s B A: "gaussian" (sigma), "row" (sigma ||W'_i||) or
                 "flat_lora" (sigma / sqrt(n) ||W'_i||).
             scope: "merged": the base weights of LoRALinear layers.
-            mode: "virtual" or "inplace".
+            mode: "virtual", "inplace" or "auto".
             restore: how an in-place window keeps the clean bits. "residual": what the noise takes
                 from each element, 0.15 to 0.3 bits of bfloat16; a module whose weight is noisy
                 cannot be cast or moved, and a weight that was written cannot be restored.
@@ -122,14 +127,16 @@ class WeightNoise:
         self._open: _Open | None = None
 
     @contextlib.contextmanager
-    def window(self, step: int | None = None, draw: int = 0) -> Iterator[None]:
+    def window(
+        self, step: int | None = None, draw: int = 0, micro_batches: int = 1
+    ) -> Iterator[None]:
         """`open`, then `close` on any exit; only an exit without exception advances the step."""
         # Before the try: an error here must not close the window that is open.
         self._require_closed("open")
         # Twice, so that Ctrl-C at any point, this block's own lines included, still restores.
         try:
             try:
-                self.open(step, draw)
+                self.open(step, draw, micro_batches)
                 yield
                 self.close()
             finally:
@@ -137,17 +144,19 @@ class WeightNoise:
         finally:
             self._end()
 
-    def open(self, step: int | None = None, draw: int = 0) -> None:
+    def open(self, step: int | None = None, draw: int = 0, micro_batches: int = 1) -> None:
         """Open a window; on any error nothing is open and the weights are exactly clean.
 
         Args:
             step: 0-based optimizer step in [0, 2^32); None takes the internal counter, which
                 `close` then advances.
             draw: in [0, 2^16), for several draws in one step.
+            micro_batches: how many forward and backward passes will share the window, at least 1;
+                mode "auto" goes by it, nothing else does.
 
         Raises:
-            TypeError, ValueError: `step`, `draw` or what the schedule returned is out of range;
-                a weight that the ops refuse.
+            TypeError, ValueError: `step`, `draw`, `micro_batches` or what the schedule returned is
+                out of range; a weight that the ops refuse.
             RuntimeError: a window is open on these layers, or one of them is merged.
         """
         self._require_closed("open")
@@ -155,12 +164,13 @@ class WeightNoise:
         step = self._next_step if step is None else step
         key = NoiseKey(self._seed, step, self._draw_word(draw))
         sigma_t = self._sigma_at(step)
+        mode = self._mode_for(micro_batches)
         for target in self._targets:
             for layer in target.layers:
                 layer.require_closed(f"open on {target.name}")
                 if layer.merged:
                     raise RuntimeError(f"{_OP}: {target.name} is merged; call unmerge() first")
-        self._open = _Open(step, sigma_t, advances)
+        self._open = _Open(step, sigma_t, advances, mode)
         try:
             self._fill(key, sigma_t)
             for target in self._targets:
@@ -263,6 +273,14 @@ class WeightNoise:
         if self._open is not None:
             raise RuntimeError(f"{_OP}: {action} while a window is open; close it first")
 
+    def _mode_for(self, micro_batches: int) -> str:
+        _check.kinds(_OP, int, micro_batches=micro_batches)
+        if micro_batches < 1:
+            _check.refuse(_OP, "micro_batches", "at least 1", micro_batches)
+        if self._mode != "auto":
+            return self._mode
+        return best_mode(micro_batches, all_writable(self._targets))
+
     def _draw_word(self, draw: int) -> int:
         _check.kinds(_OP, int, draw=draw)
         if not 0 <= draw < _DRAWS:
@@ -290,7 +308,7 @@ class WeightNoise:
 
     def _show(self) -> None:
         for target in self._targets:
-            target.show(self._mode)
+            target.show(self._open.mode)
 
     def _end(self) -> None:
         """End the window; where it is interrupted, calling it again continues."""
