@@ -110,15 +110,16 @@ def plan(device: str, rehearse: bool) -> list[Case]:
 def build(case: Case, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The model with adapters on every linear layer, and a micro-batch."""
     torch.manual_seed(SEED)
-    if case.model == "MiniLM":
-        model, sentence = MiniLM(), 32
-        batch = torch.randint(1000, 20000, (case.tokens // sentence, sentence))
-    else:
-        d, f = map(int, case.model.removeprefix("block ").split("/"))
-        model = Block(d, f)
-        # Sequences of 2048 tokens, as published; shorter ones alone.
-        sequence = min(case.tokens, 2048)
-        batch = torch.randn(case.tokens // sequence, sequence, d)
+    with device:
+        if case.model == "MiniLM":
+            model, sentence = MiniLM(), 32
+            batch = torch.randint(1000, 20000, (case.tokens // sentence, sentence))
+        else:
+            d, f = map(int, case.model.removeprefix("block ").split("/"))
+            model = Block(d, f)
+            # Sequences of at most 2048 tokens.
+            sequence = min(case.tokens, 2048)
+            batch = torch.randn(case.tokens // sequence, sequence, d)
     dtype = getattr(torch, case.dtype)
     model = model.to(device, dtype)
     replace_linear(model, "all-linear", r=RANK, lora_alpha=ALPHA)

@@ -128,8 +128,8 @@ class NoisyWeight:
 class Adapters:
     """s B A with A [r, n] and B [m, r], multiplied in `dtype` and never formed.
 
-    Where `dtype` is not that of the activations, these are cast a block of tokens at a time, so
-    that the casts and the products need no more than the scratch of a noisy panel each.
+    Products with A and B, and the casts of activations to `dtype`, are made a block of tokens at a
+    time: each takes no more than the scratch of a noisy panel.
     """
 
     lora_A: Tensor
@@ -156,7 +156,7 @@ class Adapters:
         """y [tokens, m] += s (x A^T) B^T, rounded to y's dtype once."""
         for tokens, (here,) in self._blocks(x):
             # Scaled where it is small: [tokens, r].
-            _add(y[tokens], (here @ self.lora_A.t()).mul_(self.scaling), self.lora_B.t())
+            self._add(y[tokens], (here @ self.lora_A.t()).mul_(self.scaling), self.lora_B.t())
 
     def backward(
         self, grad: Tensor, x: Tensor, grad_x: Tensor | None, need_A: bool, need_B: bool
@@ -166,7 +166,7 @@ class Adapters:
         for tokens, (grad_here, x_here) in self._blocks(grad, x):
             down = (grad_here @ self.lora_B).mul_(self.scaling)
             if grad_x is not None:
-                _add(grad_x[tokens], down, self.lora_A)
+                self._add(grad_x[tokens], down, self.lora_A)
             if need_A:
                 parts_A.append(down.t() @ x_here)
             if need_B:
@@ -174,17 +174,18 @@ class Adapters:
                 parts_B.append(grad_here.t() @ up)
         return _sum(parts_A), _sum(parts_B)
 
+    def _add(self, y: Tensor, left: Tensor, right: Tensor) -> None:
+        """y += left @ right, summed in the wider of the two dtypes and rounded once.
+
+        Not addmm_, whose order of sums would tell a noiseless layer from plain LoRA.
+        """
+        cuts = panels(y.shape[0], y.shape[1] * left.dtype.itemsize, self.scratch_bytes)
+        for begin, end in cuts:
+            y[begin:end].add_(left[begin:end] @ right)
+
 
 def _sum(parts: list[Tensor]) -> Tensor | None:
     """Their sum, in at least float32 where there are several; None of none."""
     if len(parts) < 2:
         return parts[0] if parts else None
     return torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
-
-
-def _add(y: Tensor, left: Tensor, right: Tensor) -> None:
-    """y += left @ right, summed in the wider of the two dtypes and rounded once."""
-    if y.dtype == left.dtype:
-        y.addmm_(left, right)
-    else:
-        y.add_(left @ right)
