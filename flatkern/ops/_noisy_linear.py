@@ -128,8 +128,9 @@ class NoisyWeight:
 class Adapters:
     """s B A with A [r, n] and B [m, r], multiplied in `dtype` and never formed.
 
-    Products with A and B, and the casts of activations to `dtype`, are made a block of tokens at a
-    time: each takes no more than the scratch of a noisy panel.
+    Everything is rounded in the order of plain LoRA's autograd, so that a noiseless layer gives its
+    bits. Products with B and scaled or cast activations are made a block of tokens at a time: each
+    takes no more than the scratch of a noisy panel.
     """
 
     lora_A: Tensor
@@ -145,47 +146,35 @@ class Adapters:
 
     def _blocks(self, *activations: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         """Ranges of tokens, and the activations [tokens, ...] there in `dtype`."""
-        cuts = [(0, activations[0].shape[0])]
-        if any(x.dtype != self.dtype for x in activations):
-            width = max(self.lora_A.shape[1], self.lora_B.shape[0])
-            cuts = panels(cuts[0][1], width * self.dtype.itemsize, self.scratch_bytes)
-        for begin, end in cuts:
+        width = max(self.lora_A.shape[1], self.lora_B.shape[0])
+        tokens = activations[0].shape[0]
+        for begin, end in panels(tokens, width * self.dtype.itemsize, self.scratch_bytes):
             yield slice(begin, end), [x[begin:end].to(self.dtype) for x in activations]
 
     def add_product(self, y: Tensor, x: Tensor) -> None:
         """y [tokens, m] += s (x A^T) B^T, rounded to y's dtype once."""
         for tokens, (here,) in self._blocks(x):
-            # Scaled where it is small: [tokens, r].
-            self._add(y[tokens], (here @ self.lora_A.t()).mul_(self.scaling), self.lora_B.t())
+            y[tokens].add_((here @ self.lora_A.t() @ self.lora_B.t()).mul_(self.scaling))
 
     def backward(
         self, grad: Tensor, x: Tensor, grad_x: Tensor | None, need_A: bool, need_B: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """grad_x += s (grad B) A; return the gradients of A and B that are asked for."""
-        parts_A, parts_B = [], []
+        grad_A = grad_B = None
         for tokens, (grad_here, x_here) in self._blocks(grad, x):
-            down = (grad_here @ self.lora_B).mul_(self.scaling)
+            scaled = grad_here * self.scaling
+            down = scaled @ self.lora_B
             if grad_x is not None:
-                self._add(grad_x[tokens], down, self.lora_A)
+                grad_x[tokens].add_(down @ self.lora_A)
             if need_A:
-                parts_A.append(down.t() @ x_here)
+                grad_A = _plus(grad_A, down.t() @ x_here)
             if need_B:
-                up = (x_here @ self.lora_A.t()).mul_(self.scaling)
-                parts_B.append(grad_here.t() @ up)
-        return _sum(parts_A), _sum(parts_B)
-
-    def _add(self, y: Tensor, left: Tensor, right: Tensor) -> None:
-        """y += left @ right, summed in the wider of the two dtypes and rounded once.
-
-        Not addmm_, whose order of sums would tell a noiseless layer from plain LoRA.
-        """
-        cuts = panels(y.shape[0], y.shape[1] * left.dtype.itemsize, self.scratch_bytes)
-        for begin, end in cuts:
-            y[begin:end].add_(left[begin:end] @ right)
+                grad_B = _plus(grad_B, scaled.t() @ (x_here @ self.lora_A.t()))
+        return grad_A, grad_B
 
 
-def _sum(parts: list[Tensor]) -> Tensor | None:
-    """Their sum, in at least float32 where there are several; None of none."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    return torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """Their sum, in at least float32 where there are several parts."""
+    if total is None:
+        return part
+    return total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
