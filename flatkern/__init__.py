@@ -3,9 +3,10 @@
 from flatkern import methods, nn, noise, ops
 from flatkern._backend import available_backends, backend, build_info
 from flatkern._version import __version__
-from flatkern.noise import NoiseKey, WeightNoise, constant, cosine_ramp
+from flatkern.noise import Fisher, NoiseKey, WeightNoise, constant, cosine_ramp, linear_ramp, lpf
 
 __all__ = [
+    "Fisher",
     "NoiseKey",
     "WeightNoise",
     "__version__",
@@ -14,6 +15,8 @@ __all__ = [
     "build_info",
     "constant",
     "cosine_ramp",
+    "linear_ramp",
+    "lpf",
     "methods",
     "nn",
     "noise",

@@ -1,5 +1,6 @@
 """What every method shares: one optimizer step over a list of micro-batches."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,19 +13,49 @@ LossFn = Callable[[Any], Tensor]
 
 
 class Method:
-    """Plain gradient descent; a method overrides `gradient`, and more only if it has a state."""
+    """Plain gradient descent.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    A method overrides `gradient`; `update`, if it does more at the update than the optimizer; and
+    the two `state_dict` functions, if it remembers anything from step to step.
+
+    Attributes:
+        model, optimizer, max_grad_norm, scaler: as given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """Take a model and the optimizer of all its trainable parameters.
+
+        Args:
+            model: trained as it is; its mode and its frozen weights are not touched.
+            optimizer: steps without a closure.
+            max_grad_norm: the update's gradient is clipped to this norm, above 0.
+            scaler: scales the losses and skips updates that are not finite; the step is counted
+                all the same. Its state is saved with its own `state_dict`.
 
         Raises:
             TypeError: an argument of the wrong kind.
-            ValueError: nothing is trainable, or the optimizer lacks trainable parameters.
+            ValueError: nothing is trainable, the optimizer lacks trainable parameters or needs a
+                closure, or a wrong norm.
         """
         name = type(self).__name__
         _check.kinds(name, nn.Module, model=model)
         _check.kinds(name, torch.optim.Optimizer, optimizer=optimizer)
-        trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        _check.kinds(name, (float, int), optional=True, max_grad_norm=max_grad_norm)
+        _check.kinds(name, torch.amp.GradScaler, optional=True, scaler=scaler)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            _check.refuse(name, "max_grad_norm", "above 0", max_grad_norm)
+        self.model = model
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.scaler = scaler
+        trainable = self.trainable()
         if not trainable:
             raise ValueError(f"{name}: model must have trainable parameters, got none")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -34,8 +65,14 @@ class Method:
                 f"{name}: optimizer must hold every trainable parameter of the model (was it made "
                 f"before the layers were replaced?), got none of {missing[:8]}"
             )
-        self.model = model
-        self.optimizer = optimizer
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            kind = type(optimizer).__name__
+            raise ValueError(f"{name}: optimizer must step without a closure, got {kind}")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The model's trainable parameters by name."""
+        return {key: p for key, p in self.model.named_parameters() if p.requires_grad}
 
     def step(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """One optimizer step: forwards, backwards, `optimizer.step()` and `zero_grad()`.
@@ -62,29 +99,75 @@ class Method:
         self.optimizer.zero_grad()
         try:
             loss = self.gradient(loss_fn, batches)
-            self.optimizer.step()
+            self._unscale_and_update()
         finally:
             self.optimizer.zero_grad()
+            # An autocast around the steps would go on using its casts of the old weights.
+            torch.clear_autocast_cache()
         return loss
 
+    def _unscale_and_update(self) -> None:
+        if self.scaler is None:
+            self.update()
+            return
+        try:
+            self.scaler.unscale_(self.optimizer)
+            self.update()
+        except BaseException:
+            # The scaler forgets this step, which would otherwise be refused when it is repeated.
+            self.scaler.update(self.scaler.get_scale())
+            raise
+
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
-        """Leave the step's gradient in `.grad` and clean weights; return the mean loss."""
+        """Leave the step's gradient in `.grad` and clean weights; return the mean loss.
+
+        With a scaler the gradient is scaled.
+        """
         return self.mean_gradient(loss_fn, batches)
 
-    def mean_gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
-        """Add the mean gradient over `batches` to `.grad`; return the mean loss."""
+    def update(self) -> bool:
+        """Clip the gradient in `.grad`, which is not scaled any more, and step the optimizer.
+
+        Returns:
+            whether it was stepped: False if the scaler skipped a gradient that is not finite.
+        """
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trainable().values(), self.max_grad_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+            return True
+        self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+    def mean_gradient(self, loss_fn: LossFn, batches: Sequence[Any], weight: float = 1.0) -> float:
+        """Add `weight` times the mean gradient over `batches` to `.grad`; return the mean loss."""
         total = 0.0
         for batch in batches:
-            loss = self.loss(loss_fn, batch)
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    f"{type(self).__name__}: loss_fn's loss has no gradient: it depends on no "
-                    "trainable parameter, was detached, or gradients are off"
-                )
-            (loss / len(batches)).backward()
-            # Added on the device, wide: one synchronisation per step.
-            total = total + loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            total = total + self.add_gradient(loss_fn, batch, len(batches), weight)
+        # Added on the device: one synchronisation per step.
         return float(total) / len(batches)
+
+    def add_gradient(self, loss_fn: LossFn, batch: Any, count: int, weight: float = 1.0) -> Tensor:
+        """Add `weight` / `count` times a batch's gradient to `.grad`; return its loss, wide."""
+        loss = self.loss(loss_fn, batch)
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: loss_fn's loss has no gradient: it depends on no "
+                "trainable parameter, was detached, or gradients are off"
+            )
+        self.scaled(loss / count * weight).backward()
+        return _wide(loss)
+
+    def mean_loss(self, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
+        """The mean loss over `batches`, without gradients."""
+        with torch.no_grad():
+            return sum(_wide(self.loss(loss_fn, batch)) for batch in batches) / len(batches)
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """`value`, a loss or a gradient, times the scaler's scale."""
+        return value if self.scaler is None else self.scaler.scale(value)
 
     def loss(self, loss_fn: LossFn, batch: Any) -> Tensor:
         """`loss_fn(batch)`, which must be a scalar tensor."""
@@ -106,5 +189,10 @@ class Method:
         """
         name = type(self).__name__
         _check.kinds(name, dict, state_dict=state_dict)
-        if state_dict:
-            raise ValueError(f"{name}: state_dict must be empty, got {sorted(state_dict)}")
+        expected, got = sorted(self.state_dict()), sorted(state_dict)
+        if got != expected:
+            raise ValueError(f"{name}: state_dict must have the keys {expected}, got {got}")
+
+
+def _wide(loss: Tensor) -> Tensor:
+    return loss.detach().to(torch.promote_types(loss.dtype, torch.float32))

@@ -11,15 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern.nn.dora import DoRALinear
+from flatkern.nn.factors import nora_factors
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
+from flatkern.nn.nora import NoRALinear
 from flatkern.nn.replace import find_lora_layers, swap
 from flatkern.ops import _check
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-# Settings of PEFT under which the layer computes something else than LoRALinear.
+# Names in the file of what a layer calls lora_A, lora_B and lora_magnitude.
+_PARTS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
+# Settings of PEFT under which the layer computes something else than our layers.
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -32,7 +41,6 @@ _UNSUPPORTED = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -41,8 +49,12 @@ _UNSUPPORTED = (
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT loads too.
 
-    The adapters alone are saved, in their own dtype. The format holds one dropout for all layers:
-    the largest is written.
+    The adapters alone are saved, in their own dtype, as adapters of the original weight. A
+    `DoRALinear` is PEFT's DoRA. What the format has no word for becomes plain LoRA: a `NoRALinear`
+    of rank r' (its products A' A and B B'), and a layer with an offset base (PiSSA, LoRA-GA) of
+    rank 2 r, s (B A - B0 A0), which is off by the rounding of the base. So that training can go
+    on, keep the model's `state_dict` too. The format holds one dropout for all layers: the largest
+    is written.
 
     Args:
         model: with `LoRALinear` layers, merged or not, in a window or not.
@@ -50,7 +62,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: the model has no LoRALinear.
+        ValueError: the model has no LoRALinear, or DoRALinear layers beside others.
     """
     from safetensors.torch import save_file
 
@@ -59,26 +71,51 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     layers = find_lora_layers(model)
     if not layers:
         raise ValueError("save_adapter: model must have LoRALinear layers, got none")
-    tensors = {}
-    for name, layer in layers.items():
-        state = layer.state_dict()
-        for part in ("lora_A", "lora_B"):
-            # Copied, because safetensors refuses the shared storage of a layer used twice.
-            tensors[f"base_model.model.{name}.{part}.weight"] = state[part].cpu().clone()
-    config = _config(model, layers)
+    parts = {name: _parts(layer) for name, layer in layers.items()}
+    config = _config(model, layers, {name: len(parts[name]["lora_A"]) for name in layers})
+    tensors = {
+        # Copied, because safetensors refuses the shared storage of a layer used twice.
+        f"base_model.model.{name}.{_PARTS[part]}": value.cpu().clone()
+        for name in layers
+        for part, value in parts[name].items()
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+@torch.no_grad()
+def _parts(layer: LoRALinear) -> dict[str, Tensor]:
+    """The layer's adapter relative to the original weight: W' = W + s B A, or DoRA's of that V."""
+    # Not the attributes: the state is clean in any window.
+    state = layer.state_dict()
+    parts = {part: state[part] for part in _PARTS if part in state}
+    if isinstance(layer, NoRALinear):
+        own = {name: state[name] for name in layer.adapters()}
+        parts["lora_A"], parts["lora_B"] = nora_factors(**own)
+    if "offset_A" in state:
+        parts["lora_A"] = torch.cat([parts["lora_A"], state["offset_A"]])
+        parts["lora_B"] = torch.cat([parts["lora_B"], -state["offset_B"]], dim=1)
+    return parts
+
+
+def _config(
+    model: nn.Module, layers: dict[str, LoRALinear], ranks: dict[str, int]
+) -> dict[str, Any]:
     use_rslora = all(layer.use_rslora for layer in layers.values())
+    use_dora = any(isinstance(layer, DoRALinear) for layer in layers.values())
+    others = [name for name, layer in layers.items() if not isinstance(layer, DoRALinear)]
+    if use_dora and others:
+        raise ValueError(
+            f"save_adapter: model must have DoRALinear layers only or none, got {others[:8]} beside"
+        )
     alphas = {
-        name: layer.lora_alpha if layer.use_rslora == use_rslora else layer.scaling * layer.r
+        name: layer.lora_alpha
+        if (layer.use_rslora, layer.r) == (use_rslora, ranks[name])
+        else layer.scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name])
         for name, layer in layers.items()
     }
-    ranks = {name: layer.r for name, layer in layers.items()}
     r, alpha = _most_common(ranks), _most_common(alphas)
     return {
         "peft_type": "LORA",
@@ -92,7 +129,7 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
         "alpha_pattern": {_whole(name): value for name, value in alphas.items() if value != alpha},
         "lora_dropout": max(layer.lora_dropout.p for layer in layers.values()),
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": use_dora,
         "init_lora_weights": True,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -120,8 +157,10 @@ def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Load an adapter that `save_adapter` or PEFT's `save_pretrained` wrote.
 
-    A plain model gets `LoRALinear` layers as by `replace_linear` (the rest is frozen). A model
-    that has some keeps them: they must be the saved ones, of the same sizes and scaling.
+    A plain model gets `LoRALinear` or `DoRALinear` layers as by `replace_linear` (the rest is
+    frozen); an adapter that PEFT trained from "pissa" gets its base from the SVD again, as in
+    PEFT. A model that has layers keeps them: they must be the saved ones, of the same kind, sizes
+    and scaling, over the original weights.
 
     Args:
         model: changed in place; on an error it is as it was.
@@ -133,7 +172,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         FileNotFoundError: a file is missing.
         TypeError: an argument or a named module of the wrong kind.
-        ValueError: settings or tensors that are not plain LoRA, or do not fit the model.
+        ValueError: settings or tensors that are neither LoRA nor DoRA, or do not fit the model.
         RuntimeError: a layer is merged or in a noise window.
     """
     from safetensors.torch import load_file
@@ -144,8 +183,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         if not (Path(folder) / file).is_file():
             raise FileNotFoundError(f"load_adapter: folder must hold {file}, got {folder}")
     config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-    adapters = _read_adapters(load_file(Path(folder) / WEIGHTS_FILE))
-    options = {name: _options(config, name, pair[0].shape[0]) for name, pair in adapters.items()}
+    kind = DoRALinear if config.get("use_dora") else LoRALinear
+    adapters = _read_adapters(load_file(Path(folder) / WEIGHTS_FILE), kind)
+    options = {
+        name: _options(config, name, parts["lora_A"].shape[0]) for name, parts in adapters.items()
+    }
     modules = dict(model.named_modules(remove_duplicate=False))
     absent = sorted(adapters.keys() - modules.keys())
     if absent:
@@ -153,45 +195,51 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     present = find_lora_layers(model)
     targets = {name: modules[name] for name in modules if name in adapters}
     if present:
-        _check_layers(present, targets, options)
+        _check_layers(present, targets, options, kind)
     for name, module in targets.items():
         if not present:
             check_linear(module, name)
         _check_shapes(name, module, adapters[name])
     if not present:
-        swap(model, targets, lambda name, linear: LoRALinear.from_linear(linear, **options[name]))
+        swap(model, targets, lambda name, linear: kind.from_linear(linear, **options[name]))
     with torch.no_grad():
         for name in targets:
             layer = model.get_submodule(name)
-            layer.lora_A.copy_(adapters[name][0])
-            layer.lora_B.copy_(adapters[name][1])
+            for part, value in adapters[name].items():
+                getattr(layer, part).copy_(value)
     return list(targets)
 
 
-def _read_adapters(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by layer name; ValueError for any other tensor, or half a pair."""
+def _read_adapters(
+    tensors: dict[str, Tensor], kind: type[LoRALinear]
+) -> dict[str, dict[str, Tensor]]:
+    """The parts of each layer; ValueError for any other tensor, or where one is missing."""
+    parts = dict(_PARTS)
+    if kind is not DoRALinear:
+        del parts["lora_magnitude"]
     names = []
     for key in tensors:
         match = _KEY.fullmatch(key)
-        if not match:
+        if not match or match[2] not in parts.values():
             raise ValueError(
-                f"load_adapter: {WEIGHTS_FILE} must hold base_model.model.<layer>.lora_A.weight "
-                f"and .lora_B.weight alone, got {key}"
+                f"load_adapter: {WEIGHTS_FILE} must hold base_model.model.<layer>."
+                f"<{' or '.join(parts.values())}> alone, got {key}"
             )
         names.append(match[1])
-    pairs = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
     for name in names:
-        keys = [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")]
-        missing = [key for key in keys if key not in tensors]
-        if missing:
-            raise ValueError(f"load_adapter: {WEIGHTS_FILE} must hold {missing[0]}, not found")
-        pairs[name] = (tensors[keys[0]], tensors[keys[1]])
-        for key in keys:
-            if tensors[key].dim() != 2:
-                _check.refuse("load_adapter", key, "2-D", tensors[key])
-    if not pairs:
+        adapters[name] = {}
+        for part, word in parts.items():
+            key = f"base_model.model.{name}.{word}"
+            if key not in tensors:
+                raise ValueError(f"load_adapter: {WEIGHTS_FILE} must hold {key}, not found")
+            dim = 1 if part == "lora_magnitude" else 2
+            if tensors[key].dim() != dim:
+                _check.refuse("load_adapter", key, f"{dim}-D", tensors[key])
+            adapters[name][part] = tensors[key]
+    if not adapters:
         raise ValueError(f"load_adapter: {WEIGHTS_FILE} must hold adapters, got none")
-    return pairs
+    return adapters
 
 
 def _options(config: dict[str, Any], name: str, r: int) -> dict[str, Any]:
@@ -213,27 +261,32 @@ def _options(config: dict[str, Any], name: str, r: int) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": config.get("lora_dropout", 0.0),
         "use_rslora": config.get("use_rslora", False),
-        # Other initialisations (PiSSA, ...) also changed the base weight, which is not saved.
+        # Others (LoRA-GA, PiSSA by random SVD, ...) changed the base weight beyond recomputing.
         "init_lora_weights": config.get("init_lora_weights", True),
     }
     check_options(**options)
     return options
 
 
-def _check_shapes(name: str, module: nn.Module, pair: tuple[Tensor, Tensor]) -> None:
-    r = module.r if isinstance(module, LoRALinear) else pair[0].shape[0]
-    shapes = ((r, module.in_features), (module.out_features, r))
-    for part, tensor, shape in zip(("lora_A", "lora_B"), pair, shapes, strict=True):
-        if tensor.shape != shape:
-            _check.refuse("load_adapter", f"{name}.{part}", str(list(shape)), tensor)
+def _check_shapes(name: str, module: nn.Module, parts: dict[str, Tensor]) -> None:
+    r = module.r if isinstance(module, LoRALinear) else parts["lora_A"].shape[0]
+    shapes = {
+        "lora_A": (r, module.in_features),
+        "lora_B": (module.out_features, r),
+        "lora_magnitude": (module.out_features,),
+    }
+    for part, tensor in parts.items():
+        if tensor.shape != shapes[part]:
+            _check.refuse("load_adapter", f"{name}.{part}", str(list(shapes[part])), tensor)
 
 
 def _check_layers(
     present: dict[str, LoRALinear],
     targets: dict[str, nn.Module],
     options: dict[str, dict[str, Any]],
+    kind: type[LoRALinear],
 ) -> None:
-    """The model's LoRALinear layers must be the saved ones, idle, with the saved scaling."""
+    """The model's layers must be the saved ones, idle, of that kind, with the saved scaling."""
     saved = {id(module) for module in targets.values()}
     extra = [name for name, layer in present.items() if id(layer) not in saved]
     plain = [name for name in targets if name not in present]
@@ -246,6 +299,16 @@ def _check_layers(
         layer.require_closed("load_adapter")
         if layer.merged:
             raise RuntimeError(f"load_adapter: {name} is merged; call unmerge() first")
+        if type(layer) is not kind:
+            raise ValueError(
+                f"load_adapter: {name} must be the saved {kind.__name__}, "
+                f"got {type(layer).__name__}"
+            )
+        if layer.offset_A is not None or options[name]["init_lora_weights"] == "pissa":
+            raise ValueError(
+                f"load_adapter: {name} must be over the weight that the file means, got an offset "
+                "base here or there (PiSSA, LoRA-GA); load it into a plain model"
+            )
     for name, module in targets.items():
         alpha, r = options[name]["lora_alpha"], options[name]["r"]
         scaling = alpha / (math.sqrt(r) if options[name]["use_rslora"] else r)

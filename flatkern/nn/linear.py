@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from flatkern.nn.pissa import pissa_factors
 from flatkern.ops import _check
 from flatkern.ops.noisy_linear import autocast_dtype
 
 _OP = "LoRALinear"
-_INITS = (True, False, "gaussian")
+_INITS = (True, False, "gaussian", "pissa")
 
 
 def check_options(
@@ -33,7 +34,8 @@ def check_options(
     if not 0 <= lora_dropout < 1:
         _check.refuse(_OP, "lora_dropout", "in [0, 1)", lora_dropout)
     if init_lora_weights not in _INITS:
-        _check.refuse(_OP, "init_lora_weights", "True, False or 'gaussian'", init_lora_weights)
+        accepted = "True, False, 'gaussian' or 'pissa'"
+        _check.refuse(_OP, "init_lora_weights", accepted, init_lora_weights)
 
 
 def check_linear(linear: nn.Module, name: str = "linear") -> None:
@@ -63,14 +65,18 @@ class LoRALinear(nn.Module):
     values. Inside a virtual window the base product uses W + noise, regenerated in backward; the
     weight itself is not written. Source: Hu et al., "LoRA", 2021, equation 3.
 
+    Other kinds of adapter are subclasses, which say what `factors` and `merged_weight` are.
+
     Attributes:
-        weight: [out_features, in_features], frozen.
+        weight: [out_features, in_features], frozen. Where the adapters do not start at zero
+            ("pissa", `lora_ga_init`) it is W - s B0 A0, rounded, and no longer anyone else's.
         bias: [out_features], frozen, or None.
         lora_A: [r, in_features]; float32 over a 16-bit weight, else of the weight's dtype.
         lora_B: [out_features, r], of lora_A's dtype.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         in_features, out_features, r, lora_alpha, use_rslora: as given.
         lora_dropout: the dropout module in front of A.
+        offset_A, offset_B: buffers, A0 and B0 if `weight` is W - s B0 A0, else None.
         merged: whether `weight` holds W + s B A at the moment.
     """
 
@@ -86,6 +92,7 @@ class LoRALinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **kind: Any,
     ) -> None:
         """A new layer; weight and bias start as in nn.Linear.
 
@@ -96,9 +103,11 @@ class LoRALinear(nn.Module):
             lora_dropout: probability in [0, 1), of the adapter's input alone.
             use_rslora: divide by sqrt(r), not r (Kalajdzievski, 2023).
             init_lora_weights: True (A as nn.Linear, B = 0), "gaussian" (A with standard deviation
-                1 / r, B = 0) or False (both as nn.Linear), as in PEFT.
+                1 / r, B = 0), False (both as nn.Linear) or "pissa" (the r largest singular values
+                of W in s B A, the rest in the base; Meng et al., 2024), as in PEFT.
             bias: whether there is one.
             device, dtype: of the weight; float32, bfloat16, float16 or float64.
+            kind: options of a subclass; a LoRALinear has none.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or value.
@@ -109,9 +118,10 @@ class LoRALinear(nn.Module):
             if size < 1:
                 _check.refuse(_OP, name, "at least 1", size)
         check_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        self.check_kind(r, **kind)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         check_linear(linear)
-        self._build(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        self._build(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, kind)
 
     @classmethod
     def from_linear(
@@ -122,12 +132,16 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        **kind: Any,
     ) -> Self:
         """A layer around `linear`'s own weight and bias parameters, which are shared and frozen.
+
+        With "pissa" the weight is a new parameter, and `linear`'s stays as it is.
 
         Args:
             linear: an nn.Linear; a subclass only if it inherits nn.Linear's forward.
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in the constructor.
+            kind: options of a subclass.
 
         Raises:
             TypeError: `linear` is not an nn.Linear, or computes something of its own.
@@ -135,10 +149,15 @@ class LoRALinear(nn.Module):
         """
         check_linear(linear)
         check_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        cls.check_kind(r, **kind)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._build(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        layer._build(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, kind)
         return layer
+
+    @classmethod
+    def check_kind(cls, r: int) -> None:
+        """TypeError or ValueError unless this kind of layer accepts its own options: here none."""
 
     def _build(
         self,
@@ -148,6 +167,7 @@ class LoRALinear(nn.Module):
         lora_dropout: float,
         use_rslora: bool,
         init_lora_weights: bool | str,
+        kind: dict[str, Any],
     ) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
@@ -159,18 +179,28 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **like))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **like))
         self.lora_dropout = nn.Dropout(lora_dropout)
+        self.register_buffer("offset_A", None)
+        self.register_buffer("offset_B", None)
         # The weight's clean bits while it is merged; moves with the module, is never saved.
         self.register_buffer("_clean_weight", None, persistent=False)
         # What this layer sees of an open window (`noise.targets.Target`): a plain object, so that
         # no Module.to casts it and no state_dict names it.
         self._window: Any = None
+        self._build_kind(**kind)
         self._init_adapters(init_lora_weights)
         self.train(linear.training)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
+    def _build_kind(self) -> None:
+        """Add what a kind of adapter has besides; its options arrive as keywords."""
+
     def _init_adapters(self, init_lora_weights: bool | str) -> None:
+        if init_lora_weights == "pissa":
+            start = pissa_factors(self.weight, self.r, self.scaling)
+            self.rebase(*start, self.offset_weight(*start))
+            return
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
@@ -180,34 +210,85 @@ class LoRALinear(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
+        return self.lora_A, self.lora_B
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters by name: all but weight and bias."""
+        own = dict(self.named_parameters(recurse=False))
+        return {name: value for name, value in own.items() if name not in ("weight", "bias")}
+
+    @torch.no_grad()
+    def offset_weight(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """W - s B A, rounded once to the weight's dtype; a new tensor."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return (self.weight - self.scaling * (lora_B @ lora_A)).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def rebase(self, lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> None:
+        """Start from these adapters and their `offset_weight`; the old weight is not written."""
+        offsets = [part.to(self.lora_A.dtype).clone() for part in (lora_A, lora_B)]
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        self.offset_A, self.offset_B = offsets
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype that nn.Linear would return."""
-        window = self._window
-        noisy = window is not None and window.noisy
-        # Dropout gives the adapter another input than the base product has.
-        fused = noisy and not (self.training and self.lora_dropout.p > 0)
-        result = self._noisy(x, window, fused) if noisy else F.linear(x, self.weight, self.bias)
-        if fused or self.merged:
-            return result
-        branch = self.lora_dropout(x.to(self.lora_A.dtype))
-        branch = F.linear(F.linear(branch, self.lora_A), self.lora_B)
+        if self.training and self.lora_dropout.p > 0 and not self.merged:
+            # Dropout gives the adapter another input than the base product has.
+            return self._add_branch(self._base(x, self.bias), self.lora_dropout(self._wide(x)))
+        return self._adapted(x, self.bias)
+
+    def _adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + s B A)^T + b without dropout, W as an open window shows it."""
+        if self._is_noisy():
+            return self._noisy(x, bias, *self.factors())
+        result = F.linear(x, self.weight, bias)
+        return result if self.merged else self._add_branch(result, self._wide(x))
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b, W as an open window shows it."""
+        return self._noisy(x, bias) if self._is_noisy() else F.linear(x, self.weight, bias)
+
+    def _add_branch(self, result: Tensor, x: Tensor) -> Tensor:
+        lora_A, lora_B = self.factors()
+        branch = F.linear(F.linear(x, lora_A), lora_B)
         return (result + branch * self.scaling).to(result.dtype)
 
-    def _noisy(self, x: Tensor, window: Any, adapters: bool) -> Tensor:
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(self.lora_A.dtype)
+
+    def _is_noisy(self) -> bool:
+        return self._window is not None and self._window.noisy
+
+    def _noisy(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+    ) -> Tensor:
         dtype = autocast_dtype(x)
         return torch.ops.flatkern.noisy_linear(
             # The op returns x's dtype; F.linear would return autocast's.
             x if dtype is None else x.to(dtype),
             self.weight,
-            self.bias,
-            self.lora_A if adapters else None,
-            self.lora_B if adapters else None,
+            bias,
+            lora_A,
+            lora_B,
             self.scaling,
-            window.row_scale,
-            window.key,
+            self._window.row_scale,
+            self._window.key,
+            elementwise=self._window.elementwise,
             compute_dtype=dtype,
-            backend=window.backend,
+            backend=self._window.backend,
         )
+
+    def enter_window(self, window: Any) -> None:
+        """Belong to the window that is being opened; the weight is clean at this time."""
+        self._window = window
 
     @property
     def merged(self) -> bool:
@@ -220,9 +301,13 @@ class LoRALinear(nn.Module):
         if self._window is not None:
             clean = self._window.clean_weight()
         with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
-            wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-            delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)) * self.scaling
-            return (clean + delta).to(clean.dtype)
+            return self._merge(clean).to(clean.dtype)
+
+    def _merge(self, clean: Tensor) -> Tensor:
+        """W + s B A in float32 or wider."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        lora_A, lora_B = self.factors()
+        return clean + (lora_B.to(wide) @ lora_A.to(wide)) * self.scaling
 
     def merge(self) -> None:
         """Write W + s B A into `weight`; nothing happens if it is there already.
@@ -284,4 +369,9 @@ class LoRALinear(nn.Module):
             raise RuntimeError(
                 f"{_OP}: load_state_dict into {prefix}weight, which is merged; call unmerge() first"
             )
+        for part in ("A", "B"):
+            # So that what was saved over an offset base loads into a fresh layer.
+            if f"{prefix}offset_{part}" in state_dict and getattr(self, f"offset_{part}") is None:
+                own = getattr(self, f"lora_{part}")
+                setattr(self, f"offset_{part}", torch.zeros_like(own, requires_grad=False))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -21,6 +22,8 @@ def replace_linear(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     init_lora_weights: bool | str = True,
+    layer: type[LoRALinear] = LoRALinear,
+    **kind: Any,
 ) -> list[str]:
     """Replace linear layers by `LoRALinear` layers around the same weights, and freeze the rest.
 
@@ -35,22 +38,26 @@ def replace_linear(
             whole name, or "all-linear": every nn.Linear but the declared output embedding
             (`get_output_embeddings`) and nn.MultiheadAttention's out_proj.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: see `LoRALinear`.
+        layer: the kind of adapter: `LoRALinear`, `DoRALinear` or `NoRALinear`.
+        kind: that kind's own options.
 
     Returns:
         the full names of the replaced layers, in the model's order.
 
     Raises:
-        TypeError: a target that is not an nn.Linear (or computes something of its own).
+        TypeError: a target that is not an nn.Linear (or computes something of its own), a `layer`
+            that is no LoRALinear, an option that it does not have.
         ValueError: a target that matches nothing, or an option out of range.
     """
     _check.kinds(_OP, nn.Module, model=model)
-    check_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+    if not (isinstance(layer, type) and issubclass(layer, LoRALinear)):
+        raise TypeError(f"{_OP}: layer must be LoRALinear or a subclass of it, got {layer!r}")
+    options = (r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+    check_options(*options)
     targets = _find(model, target_modules)
 
     def build(name: str, linear: nn.Linear) -> LoRALinear:
-        return LoRALinear.from_linear(
-            linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights
-        )
+        return layer.from_linear(linear, *options, **kind)
 
     swap(model, targets, build)
     return list(targets)
@@ -158,7 +165,7 @@ def _refuse_unknown(modules: dict[str, nn.Module], asked: str) -> None:
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:
     layers = find_lora_layers(model).values()
-    adapters = {id(weight) for layer in layers for weight in (layer.lora_A, layer.lora_B)}
+    adapters = {id(weight) for layer in layers for weight in layer.adapters().values()}
     for weight in model.parameters():
         if id(weight) not in adapters:
             weight.requires_grad_(False)

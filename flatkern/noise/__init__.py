@@ -1,7 +1,8 @@
 """Noise keys, schedules, scale strategies and the window that a model sees them through."""
 
+from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
-from flatkern.noise.schedules import constant, cosine_ramp
+from flatkern.noise.schedules import constant, cosine_ramp, linear_ramp, lpf
 from flatkern.noise.window import WeightNoise
 
-__all__ = ["NoiseKey", "WeightNoise", "constant", "cosine_ramp"]
+__all__ = ["Fisher", "NoiseKey", "WeightNoise", "constant", "cosine_ramp", "linear_ramp", "lpf"]

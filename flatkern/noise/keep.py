@@ -1,7 +1,7 @@
 """How the clean bits of a weight are kept while noise is written in it."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Kept(NamedTuple):
     key: Tensor
     # The row scale of a window with the largest noise.
     largest_scale: Callable[[], Tensor]
+    # The same for all that are done in one call.
+    elementwise: bool
 
 
 class Keeper(Protocol):
@@ -47,7 +49,7 @@ class Keeper(Protocol):
     def restore(kept: list[Kept]) -> None:
         """Bring back the clean bits, in the reverse order; nothing is done where they are there."""
 
-    def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
+    def clean(self, one: Kept) -> Tensor:
         """A copy of the clean weight."""
 
     def nbytes(self) -> int:
@@ -87,16 +89,16 @@ class Snapshot:
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise."""
-        ops.foreach_perturb_(*_operands(kept))
+        ops.foreach_perturb_(*_operands(kept), elementwise=kept[0].elementwise)
 
     @staticmethod
     def restore(kept: list[Kept]) -> None:
         """Copy back."""
         torch._foreach_copy_([one.weight for one in kept], [one.keeper._copy for one in kept])
 
-    def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
+    def clean(self, one: Kept) -> Tensor:
         """A copy of the copy; the module may have been cast or moved inside the window."""
-        return self._copy.to(weight.device, weight.dtype, copy=True)
+        return self._copy.to(one.weight.device, one.weight.dtype, copy=True)
 
     def nbytes(self) -> int:
         """The weight's size, once a window was open."""
@@ -129,7 +131,8 @@ class Residual:
             pool_bytes = None
             if not capturing:
                 counter = ops.new_residual(weight, 0)
-                ops.perturb_(weight, one.largest_scale(), one.key, residual=counter)
+                options = {"residual": counter, "elementwise": one.elementwise}
+                ops.perturb_(weight, one.largest_scale(), one.key, **options)
                 pool_bytes = int(pool_need(counter)[0] * _SPARE)
             self._residual = ops.new_residual(weight, pool_bytes)
         self._like = (*like, capturing)
@@ -137,7 +140,7 @@ class Residual:
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
-        ops.foreach_perturb_(*_operands(kept), residuals=_residuals(kept))
+        ops.foreach_perturb_(*_operands(kept), **_options(kept))
         headers = _headers(kept)
         if not headers:
             return
@@ -154,7 +157,7 @@ class Residual:
                 with torch.inference_mode(False):
                     pool_bytes = int(4 * header.asked * _SPARE)
                     one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
-        ops.foreach_perturb_(*_operands(again), residuals=_residuals(again))
+        ops.foreach_perturb_(*_operands(again), **_options(again))
         for header in _headers(again):
             raise_for("perturb_", header)
 
@@ -168,16 +171,17 @@ class Residual:
         if not by_kernels:
             states = [header.state for header in _headers(filled)]
             filled = [one for one, state in zip(filled, states, strict=True) if state == FILLED]
-        ops.foreach_restore_(*_operands(filled), residuals=_residuals(filled))
+        ops.foreach_restore_(*_operands(filled), **_options(filled))
         for header in _headers(filled) if by_kernels else ():
             if header.state == FILLED:
                 raise_for("restore_", header)
 
-    def clean(self, weight: Tensor, row_scale: Tensor, key: Tensor) -> Tensor:
+    def clean(self, one: Kept) -> Tensor:
         """Decode a copy."""
-        copy, residual = weight.clone(), self._residual.clone()
+        copy, residual = one.weight.clone(), self._residual.clone()
         if is_filled(residual):
-            ops.restore_(copy, row_scale, key, residual=residual)
+            options = {"residual": residual, "elementwise": one.elementwise}
+            ops.restore_(copy, one.row_scale, one.key, **options)
         return copy
 
     def nbytes(self) -> int:
@@ -188,6 +192,10 @@ class Residual:
 def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Weights, row scales and keys."""
     return [one.weight for one in kept], [one.row_scale for one in kept], [one.key for one in kept]
+
+
+def _options(kept: list[Kept]) -> dict[str, Any]:
+    return {"elementwise": any(one.elementwise for one in kept), "residuals": _residuals(kept)}
 
 
 def _residuals(kept: list[Kept]) -> list[Tensor]:

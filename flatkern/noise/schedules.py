@@ -25,10 +25,39 @@ def cosine_ramp(total_steps: int) -> Schedule:
     Raises:
         TypeError, ValueError: `total_steps` is not an int, or below 1.
     """
-    _check.kinds("cosine_ramp", int, total_steps=total_steps)
-    if total_steps < 1:
-        _check.refuse("cosine_ramp", "total_steps", "at least 1", total_steps)
+    _check_total("cosine_ramp", total_steps)
     return functools.partial(_cosine_ramp, total_steps)
+
+
+def linear_ramp(total_steps: int) -> Schedule:
+    """t / T, from 0 at step t = 0 to 1 at t = T, and 1 after that.
+
+    Args, raises: as `cosine_ramp`.
+    """
+    _check_total("linear_ramp", total_steps)
+    return functools.partial(_linear_ramp, total_steps)
+
+
+def lpf(total_steps: int, alpha: float = 15.0) -> Schedule:
+    """1 + alpha (1 - cos(pi t / T)) / 2, from 1 to 1 + alpha. Source: LPF-SGD (Bisla et al., 2022).
+
+    Args:
+        total_steps: T in optimizer steps, at least 1.
+        alpha: finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
+    """
+    _check_total("lpf", total_steps)
+    _check.kinds("lpf", (float, int), alpha=alpha)
+    _check.finite("lpf", "alpha", alpha, minimum=0.0)
+    return functools.partial(_lpf, total_steps, alpha)
+
+
+def _check_total(op: str, total_steps: int) -> None:
+    _check.kinds(op, int, total_steps=total_steps)
+    if total_steps < 1:
+        _check.refuse(op, "total_steps", "at least 1", total_steps)
 
 
 def _one(step: int) -> float:
@@ -37,3 +66,19 @@ def _one(step: int) -> float:
 
 def _cosine_ramp(total_steps: int, step: int) -> float:
     return 0.5 * (1.0 - math.cos(math.pi * min(step / total_steps, 1.0)))
+
+
+def _linear_ramp(total_steps: int, step: int) -> float:
+    return min(step / total_steps, 1.0)
+
+
+def _lpf(total_steps: int, alpha: float, step: int) -> float:
+    return 1.0 + alpha * _cosine_ramp(total_steps, step)
+
+
+def factor_at(op: str, schedule: Schedule, step: int) -> float:
+    """What the schedule gives at a step; ValueError unless it is finite and at least 0."""
+    factor = float(schedule(step))
+    if not (math.isfinite(factor) and factor >= 0):
+        raise ValueError(f"{op}: schedule({step}) must be finite and at least 0, got {factor}")
+    return factor

@@ -2,7 +2,8 @@
 
 Each takes lists (weights [m, n], lora_As [r, n], lora_Bs [m, r], scalings s; the adapters None
 where there are none) and sigma, and returns c of every weight, float32 [m], on its device: few
-launches for a whole model. W' is the merged weight W + s B A.
+launches for a whole model. W' is the merged weight W + s B A. Weights of other dimensions are seen
+as dim0 x rest: each element of a vector is a row.
 """
 
 import math
@@ -24,11 +25,26 @@ def gaussian(
     return [torch.full((w.shape[0],), sigma, dtype=torch.float32, device=w.device) for w in weights]
 
 
+def matrix(
+    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
+) -> list[Tensor]:
+    """c_i = sigma ||W'||, Frobenius."""
+    norms = ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings)
+    return [(norm.norm() * sigma).repeat(norm.shape[0]) for norm in norms]
+
+
 def row(
     weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
 ) -> list[Tensor]:
-    """c_i = sigma ||W'_i||. Source: LPF-SGD's code (Bisla et al., 2022)."""
-    return torch._foreach_mul(ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings), sigma)
+    """c_i = sigma ||W'_i||; of a vector, sigma times the norm of all of it.
+
+    Source: LPF-SGD's code (Bisla et al., 2022).
+    """
+    norms = ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings)
+    for index, weight in enumerate(weights):
+        if weight.dim() < 2:
+            norms[index] = norms[index].norm().repeat(norms[index].shape[0])
+    return torch._foreach_mul(norms, sigma)
 
 
 def flat_lora(
@@ -42,4 +58,13 @@ def flat_lora(
     return torch._foreach_mul(ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings), factors)
 
 
-STRATEGIES: dict[str, Strategy] = {"gaussian": gaussian, "row": row, "flat_lora": flat_lora}
+# "element" multiplies its c by |W_ij| of the weight that is written; "fisher" divides its c by
+# what a `Fisher` knows.
+STRATEGIES: dict[str, Strategy] = {
+    "gaussian": gaussian,
+    "matrix": matrix,
+    "element": gaussian,
+    "row": row,
+    "flat_lora": flat_lora,
+    "fisher": row,
+}

@@ -1,5 +1,6 @@
 """The weights of a model that take noise, and what happens to each of them in a window."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
 from flatkern.nn import LoRALinear
+from flatkern.noise.fisher import Fisher
 from flatkern.noise.keep import Keeper, Kept, keeper_of
-from flatkern.noise.strategies import Strategy
+from flatkern.noise.strategies import STRATEGIES
 from flatkern.ops._library import bump_version, bump_versions
 
 
@@ -21,21 +23,26 @@ class Target:
     Attributes:
         name: of the weight in the model.
         number: the tensor number in its noise keys.
-        layers: those that use the weight; the first one's adapters give the scale.
+        layers: LoRALinear layers whose base weight it is, if any.
         owners: every (module, parameter name) that holds the weight.
+        strategy: the name of what gives its scale.
+        merged: whether that is the scale of W' = W + s B A, with the first layer's adapters.
         row_scale: c, float32 [m], at a fixed address.
         key: int64 [4], a row of its device's key table.
         backend: the implementation that serves the open window.
         noisy: whether `layers` add the noise in their forward.
         perturbed: whether the noise is written in the weight; `keeper` has the clean bits.
         restore: how the clean bits are kept, see `WeightNoise`.
-        largest: strategy and sigma that the room for them is measured with.
+        largest: sigma that the room for them is measured with.
+        fisher: what divides the scale, see `Fisher`.
     """
 
     name: str
     number: int
     layers: list[LoRALinear]
     owners: list[tuple[nn.Module, str]]
+    strategy: str
+    merged: bool
     row_scale: Tensor | None = None
     key: Tensor | None = None
     backend: str = ""
@@ -43,26 +50,40 @@ class Target:
     perturbed: bool = False
     keeper: Keeper | None = None
     restore: str | None = None
-    largest: tuple[Strategy, float] | None = None
+    largest: float = 0.0
+    fisher: Fisher | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
     def weight(self) -> Tensor:
         """The weight, outside autograd; looked up each time, because it may be replaced."""
-        return self.layers[0].weight.detach()
+        module, name = self.owners[0]
+        weight = getattr(module, name).detach()
+        # The ops take nothing without dimensions.
+        return weight if weight.dim() else weight.view(1)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the noise is multiplied by |W_ij|."""
+        return self.strategy == "element"
+
+    def is_virtual(self, mode: str) -> bool:
+        """Whether the layers add the noise: only LoRALinear layers can, to their base weight."""
+        return mode == "virtual" and bool(self.layers)
 
     def clean_weight(self) -> Tensor:
         """The weight without noise: a copy if noise is written in it."""
         if not self.perturbed:
             return self.weight
         with _backend.backend(self.backend):
-            return self.keeper.clean(self.weight, self.row_scale, self.key)
+            clean = self.keeper.clean(self.kept())
+            return clean.view(getattr(*self.owners[0]).shape)
 
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
         self.backend = backend
         for layer in self.layers:
-            layer._window = self
+            layer.enter_window(self)
 
     def leave(self) -> None:
         """Belong to no window; from here on a backward through this one raises."""
@@ -75,10 +96,17 @@ class Target:
 
     def kept(self) -> Kept:
         """What the keeper takes."""
-        return Kept(self.keeper, self.weight, self.row_scale, self.key, self._largest_scale)
+        return Kept(
+            self.keeper,
+            self.weight,
+            self.row_scale,
+            self.key,
+            self._largest_scale,
+            self.elementwise,
+        )
 
     def _largest_scale(self) -> Tensor:
-        return _row_scales([self], *self.largest)[0]
+        return _row_scales([self], self.largest)[0]
 
     def guard(self) -> None:
         """From here on noise may be written in the weight: an error may leave it half written."""
@@ -147,33 +175,6 @@ class _Guard:
             )
 
 
-def collect(model: nn.Module) -> list[Target]:
-    """The base weight of every LoRALinear, each tensor once.
-
-    Tensor numbers count the non-adapter parameters in `named_parameters()` order, noisy or not,
-    so they do not depend on which layers were wrapped.
-    """
-    layers: dict[int, list[LoRALinear]] = {}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    adapters = set()
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(weight), []).append((module, name))
-        if isinstance(module, LoRALinear):
-            layers.setdefault(id(module.weight), []).append(module)
-            adapters |= {id(module.lora_A), id(module.lora_B)}
-    weights = [
-        (name, id(weight))
-        for name, weight in model.named_parameters()
-        if id(weight) not in adapters
-    ]
-    return [
-        Target(name, number, layers[weight], owners[weight])
-        for number, (name, weight) in enumerate(weights)
-        if weight in layers
-    ]
-
-
 def allocate(targets: list[Target]) -> list[Tensor]:
     """Give each target its row scale and a row of its device's key table; return the tables.
 
@@ -194,42 +195,47 @@ def allocate(targets: list[Target]) -> list[Tensor]:
     return tables
 
 
-def scale(targets: list[Target], strategy: Strategy, sigma: float, largest: float) -> None:
+def scale(targets: list[Target], sigma: float, largest: float) -> None:
     """Fill the row scales from the clean weights; later windows have a sigma up to `largest`."""
-    scales = _row_scales(targets, strategy, sigma)
-    torch._foreach_copy_([target.row_scale for target in targets], scales)
+    torch._foreach_copy_([target.row_scale for target in targets], _row_scales(targets, sigma))
     for target in targets:
-        target.largest = strategy, largest
+        target.largest = largest
 
 
-def _row_scales(targets: list[Target], strategy: Strategy, sigma: float) -> list[Tensor]:
-    layers = [target.layers[0] for target in targets]
-    # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
-    return strategy(
-        [target.weight for target in targets],
-        [layer.lora_A.detach() for layer in layers],
-        [layer.lora_B.detach() for layer in layers],
-        [layer.scaling for layer in layers],
-        sigma,
-    )
+def _row_scales(targets: list[Target], sigma: float) -> list[Tensor]:
+    scales: dict[int, Tensor] = {}
+    for (strategy, merged), group in _grouped(targets, lambda t: (t.strategy, t.merged)):
+        # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
+        layers = [target.layers[0] for target in group] if merged else []
+        factors = [[factor.detach() for factor in layer.factors()] for layer in layers]
+        found = STRATEGIES[strategy](
+            [target.weight for target in group],
+            [lora_A for lora_A, _ in factors] or None,
+            [lora_B for _, lora_B in factors] or None,
+            [layer.scaling for layer in layers] or [1.0] * len(group),
+            sigma,
+        )
+        scales |= {target.number: c for target, c in zip(group, found, strict=True)}
+    for target in targets:
+        if target.fisher is not None:
+            scales[target.number] = target.fisher.divide(target.name, scales[target.number])
+    return [scales[target.number] for target in targets]
 
 
 def show(targets: list[Target], mode: str) -> None:
     """Let the layers see the noise."""
-    if mode == "virtual":
-        for target in targets:
-            target.noisy = True
-        return
-    clean = [target for target in targets if not target.perturbed]
+    for target in targets:
+        target.noisy = target.is_virtual(mode)
+    clean = [target for target in targets if not (target.noisy or target.perturbed)]
     for target in clean:
         with _backend.backend(target.backend):
             target.keeper = keeper_of(target.restore, target.weight, target.keeper)
-    for backend, keeper, group in _groups(clean):
+    for (backend, keeper, _), group in _grouped(clean, _kind):
         with _backend.backend(backend):
             keeper.prepare([target.kept() for target in group])
     for target in clean:
         target.guard()
-    for backend, keeper, group in _groups(clean):
+    for (backend, keeper, _), group in _grouped(clean, _kind):
         with _backend.backend(backend):
             keeper.perturb([target.kept() for target in group])
 
@@ -239,19 +245,26 @@ def hide(targets: list[Target]) -> None:
     for target in targets:
         target.noisy = False
     perturbed = [target for target in targets if target.perturbed]
-    for backend, keeper, group in _groups(perturbed):
+    for (backend, keeper, _), group in reversed(_grouped(perturbed, _kind)):
         with _backend.backend(backend):
             keeper.restore([target.kept() for target in group])
     for target in perturbed:
         target.release()
 
 
-def _groups(targets: list[Target]) -> list[tuple[str, type[Keeper], list[Target]]]:
-    """The targets of each backend and kind of keeper, in order."""
-    groups: dict[tuple[str, type[Keeper]], list[Target]] = {}
+def _kind(target: Target) -> tuple[str, type[Keeper], bool]:
+    """What weights have in common that are written in one call."""
+    return target.backend, type(target.keeper), target.elementwise
+
+
+def _grouped(
+    targets: list[Target], kind: Callable[[Target], Hashable]
+) -> list[tuple[Any, list[Target]]]:
+    """The targets of each kind, in order."""
+    groups: dict[Hashable, list[Target]] = {}
     for target in targets:
-        groups.setdefault((target.backend, type(target.keeper)), []).append(target)
-    return [(*group, members) for group, members in groups.items()]
+        groups.setdefault(kind(target), []).append(target)
+    return list(groups.items())
 
 
 def fits(target: Target) -> bool:
@@ -267,7 +280,8 @@ def summarise(targets: list[Target], mode: str) -> str:
         weight = target.weight
         dtype = str(weight.dtype).removeprefix("torch.")
         number = f"tensor {target.number}"
-        rows.append((target.name, dtype, str(list(weight.shape)), number, mode))
+        own_mode = "virtual" if target.is_virtual(mode) else "inplace"
+        rows.append((target.name, dtype, str(list(weight.shape)), number, own_mode))
         elements += weight.numel()
         # float32 [m] and one key of four int64.
         operand_bytes += 4 * weight.shape[0] + 32
@@ -279,6 +293,6 @@ def summarise(targets: list[Target], mode: str) -> str:
     ]
     total = f"{len(rows)} weights, {elements:,} elements; {operand_bytes:,} bytes of row scales "
     total += "and keys"
-    if mode == "inplace":
+    if not all(target.is_virtual(mode) for target in targets):
         total += f", {kept_bytes:,} bytes of clean bits"
     return "\n".join([*lines, total])

@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import _backend
+from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
-from flatkern.noise.schedules import Schedule, constant
+from flatkern.noise.schedules import Schedule, constant, factor_at
+from flatkern.noise.scopes import SCOPES, collect
 from flatkern.noise.strategies import STRATEGIES
-from flatkern.noise.targets import allocate, collect, fits, hide, scale, show, summarise
+from flatkern.noise.targets import allocate, fits, hide, scale, show, summarise
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
-SCOPES = ("merged",)
 MODES = ("virtual", "inplace")
 RESTORES = ("residual", "snapshot", "host")
 RANKS = ("same", "independent")
 _DRAWS = 2**16
+# What each scope needs, and where it comes from.
+_ADAPTED = ("LoRALinear layers", "; see flatkern.nn.replace_linear")
+_NEEDED = {"merged": _ADAPTED, "lora": _ADAPTED, "trainable": ("trainable parameters", "")}
 
 
 @dataclass
@@ -69,16 +73,23 @@ class WeightNoise:
         schedule: Schedule | None = None,
         seed: int = 0,
         ranks: str = "same",
+        fisher: Fisher | None = None,
     ) -> None:
         """Find the weights in scope; nothing is allocated or changed before the first window.
 
         Args:
-            model: with `LoRALinear` layers; layers added later take no noise.
+            model: what is added to it later takes no noise.
             sigma: strength, finite and at least 0; its unit is the strategy's.
-            strategy: c from W' = W + s B A: "gaussian" (sigma), "row" (sigma ||W'_i||) or
-                "flat_lora" (sigma / sqrt(n) ||W'_i||).
-            scope: "merged": the base weights of LoRALinear layers.
-            mode: "virtual" or "inplace".
+            strategy: c_i, or c_i |W_ij|, from W as `scope` says: "gaussian" (sigma), "matrix"
+                (sigma ||W||), "element" (sigma |W_ij|), "row" (sigma ||W_i||), "flat_lora"
+                (sigma / sqrt(n) ||W_i||) or "fisher" (sigma ||W_i|| / sqrt(1 + eta F_i)). In a
+                vector each element is a row, but "row" and "fisher" take the vector's norm.
+            scope: "merged": the base weights of LoRALinear layers, scaled as W' = W + s B A.
+                "origin": every tensor but the adapters; "lora": the adapters; "full": both;
+                "trainable": every trainable parameter. "all": as "merged", and with sigma |w|
+                every vector and embedding.
+            mode: "virtual" or "inplace"; what is not a base weight of LoRALinear layers is
+                always written in place.
             restore: how an in-place window keeps the clean bits. "residual": what the noise takes
                 from each element, 0.15 to 0.3 bits of bfloat16; a module whose weight is noisy
                 cannot be cast or moved, and a weight that was written cannot be restored.
@@ -87,6 +98,7 @@ class WeightNoise:
             schedule: factor of sigma as a function of the 0-based step; None: constant.
             seed: in [0, 2^32).
             ranks: "same" noise on every rank of torch.distributed, or "independent".
+            fisher: the F of strategy "fisher"; whoever passes it keeps it up to date.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or value, or a model with nothing
@@ -96,23 +108,25 @@ class WeightNoise:
         _check.kinds(_OP, (float, int), sigma=sigma)
         _check.kinds(_OP, Callable, optional=True, schedule=schedule)
         _check.finite(_OP, "sigma", sigma, minimum=0.0)
-        _one_of(tuple(STRATEGIES), strategy=strategy)
-        _one_of(SCOPES, scope=scope)
-        _one_of(MODES, mode=mode)
+        _check.one_of(_OP, tuple(STRATEGIES), strategy=strategy)
+        _check.one_of(_OP, SCOPES, scope=scope)
+        _check.one_of(_OP, MODES, mode=mode)
         if restore is not None:
-            _one_of(RESTORES, restore=restore)
-        _one_of(RANKS, ranks=ranks)
+            _check.one_of(_OP, RESTORES, restore=restore)
+        _check.one_of(_OP, RANKS, ranks=ranks)
         NoiseKey(seed)
-        self._targets = collect(model)
+        _check.kinds(_OP, Fisher, optional=True, fisher=fisher)
+        if (strategy == "fisher") != (fisher is not None):
+            accepted = "given with strategy 'fisher' and with no other"
+            _check.refuse(_OP, "fisher", accepted, fisher)
+        self._targets = collect(model, scope, strategy)
         if not self._targets:
-            raise ValueError(
-                f"{_OP}: model must have LoRALinear layers, got nothing to perturb; "
-                "see flatkern.nn.replace_linear"
-            )
+            what, hint = _NEEDED.get(scope, ("parameters", ""))
+            raise ValueError(f"{_OP}: model must have {what}, got nothing to perturb{hint}")
         for target in self._targets:
             target.restore = restore
+            target.fisher = fisher
         self._sigma = sigma
-        self._strategy = STRATEGIES[strategy]
         self._mode = mode
         self._schedule = schedule or constant()
         self._seed = seed
@@ -215,6 +229,11 @@ class WeightNoise:
             raise
 
     @property
+    def names(self) -> list[str]:
+        """The names of the weights in scope."""
+        return [target.name for target in self._targets]
+
+    @property
     def active(self) -> bool:
         """Whether a window is open, paused or not."""
         return self._open is not None
@@ -272,10 +291,10 @@ class WeightNoise:
         return draw
 
     def _sigma_at(self, step: int) -> float:
-        factor = float(self._schedule(step))
-        if not (math.isfinite(factor * self._sigma) and factor >= 0):
-            raise ValueError(f"{_OP}: schedule({step}) must be finite and at least 0, got {factor}")
-        return factor * self._sigma
+        sigma_t = factor_at(_OP, self._schedule, step) * self._sigma
+        if not math.isfinite(sigma_t):
+            _check.refuse(_OP, f"schedule({step})", "finite times sigma", sigma_t)
+        return sigma_t
 
     def _fill(self, key: NoiseKey, sigma_t: float) -> None:
         """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
@@ -284,7 +303,7 @@ class WeightNoise:
         for table in self._tables:
             for column, word in enumerate((key.seed, key.step, key.draw)):
                 table[:, column] = word
-        scale(self._targets, self._strategy, sigma_t, max(sigma_t, self._sigma))
+        scale(self._targets, sigma_t, max(sigma_t, self._sigma))
 
     def _end(self) -> None:
         """End the window; where it is interrupted, calling it again continues."""
@@ -308,10 +327,3 @@ class WeightNoise:
         """Refused while a window is open: a copy could not close it."""
         self._require_closed("copying or pickling")
         return self.__dict__
-
-
-def _one_of(accepted: tuple[str, ...], **values: str) -> None:
-    for argument, value in values.items():
-        _check.kinds(_OP, str, **{argument: value})
-        if value not in accepted:
-            _check.refuse(_OP, argument, " or ".join(map(repr, accepted)), value)

@@ -161,3 +161,11 @@ def finite(op: str, argument: str, value: float, minimum: float | None = None) -
     if not math.isfinite(value) or (minimum is not None and value < minimum):
         accepted = "finite" if minimum is None else f"finite and at least {minimum:g}"
         refuse(op, argument, accepted, value)
+
+
+def one_of(op: str, accepted: tuple[str, ...], **values: str) -> None:
+    """TypeError or ValueError unless every named value is an accepted string."""
+    for argument, value in values.items():
+        kinds(op, str, **{argument: value})
+        if value not in accepted:
+            refuse(op, argument, " or ".join(map(repr, accepted)), value)

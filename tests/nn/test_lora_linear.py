@@ -269,7 +269,7 @@ WRONG_OPTION = [
     ({"lora_dropout": -0.1}, ValueError),
     ({"lora_dropout": math.nan}, ValueError),
     ({"use_rslora": 1}, TypeError),
-    ({"init_lora_weights": "pissa"}, ValueError),
+    ({"init_lora_weights": "olora"}, ValueError),
     ({"init_lora_weights": None}, ValueError),
 ]
 

@@ -8,6 +8,7 @@ from noisy_models import data, make_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flatkern
+from flatkern.nn import DoRALinear, NoRALinear
 
 both_modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
 
@@ -55,6 +56,26 @@ def test_one_compilation_over_20_steps(mode, autocast):
             step(compiled, model, x)
         step(compiled, model, x)
         assert counter.frame_count == 2
+
+
+KINDS = [{"layer": DoRALinear}, {"layer": DoRALinear, "renorm": True}, {"layer": NoRALinear}]
+
+
+@both_modes
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_other_kinds_of_adapter(kind, mode):
+    model = make_model(**kind)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    noise = flatkern.WeightNoise(model, 0.4, mode=mode)
+    for number in range(3):
+        with noise.window():
+            got = step(compiled, model, data())
+        assert counter.frame_count == 1
+        with noise.window(step=number):
+            expected = step(model, model, data())
+        for mine, eager in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, eager)
 
 
 @both_modes

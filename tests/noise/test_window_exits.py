@@ -92,8 +92,10 @@ def fail_at(monkeypatch, op, failing, error, half_written=False):
     original = getattr(flatkern.ops, op)
 
     def fail(*lists, **options):
-        before = [values[: failing - 1] for values in lists]
-        original(*before, **{name: values[: failing - 1] for name, values in options.items()})
+        def cut(values):
+            return values[: failing - 1] if isinstance(values, list) else values
+
+        original(*map(cut, lists), **{name: cut(values) for name, values in options.items()})
         if half_written:
             lists[0][failing - 1][0].fill_(7)
         raise error

@@ -59,9 +59,11 @@ WRONG = [
     ({"sigma": -0.1}, ValueError),
     ({"sigma": "0.1"}, TypeError),
     ({"sigma": True}, TypeError),
-    ({"strategy": "fisher"}, ValueError),
+    ({"strategy": "lora"}, ValueError),
+    ({"fisher": flatkern.Fisher()}, ValueError),
+    ({"fisher": 0.1}, TypeError),
     ({"strategy": None}, TypeError),
-    ({"scope": "full"}, ValueError),
+    ({"scope": "base"}, ValueError),
     ({"mode": "in-place"}, ValueError),
     ({"restore": "copy"}, ValueError),
     ({"restore": 1}, TypeError),
@@ -74,8 +76,8 @@ WRONG = [
 
 
 ACCEPTED = {
-    "strategy": "'gaussian' or 'row' or 'flat_lora'",
-    "scope": "'merged'",
+    "strategy": "'gaussian' or 'matrix' or 'element' or 'row' or 'flat_lora' or 'fisher'",
+    "scope": "'merged' or 'origin' or 'lora' or 'full' or 'all' or 'trainable'",
     "mode": "'virtual' or 'inplace'",
     "restore": "'residual' or 'snapshot' or 'host'",
     "ranks": "'same' or 'independent'",

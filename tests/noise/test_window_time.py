@@ -275,9 +275,9 @@ def test_the_backend_of_the_window_is_used_to_its_end(monkeypatch):
     used = []
     perturb_ = flatkern.ops.foreach_perturb_
 
-    def watch(*args):
+    def watch(*args, **options):
         used.append(flatkern.build_info()["backend"])
-        perturb_(*args)
+        perturb_(*args, **options)
 
     monkeypatch.setattr(flatkern.ops, "foreach_perturb_", watch)
     with flatkern.backend("reference"):

@@ -1,0 +1,105 @@
+"""The step that SAM and its relatives share: a gradient at a perturbed point."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatkern.methods._contexts import kept, still_statistics
+from flatkern.methods.base import LossFn, Method
+from flatkern.ops import _check
+
+# Keeps the step at a zero gradient finite, as in SAM's published code.
+TINY = 1e-12
+
+
+class Ascent(Method):
+    """The gradient at w + e, where e is a step of length rho up the loss, from a first pass.
+
+    Both passes run over all micro-batches; w is restored, bit for bit, before the update. Batch
+    norms count the first pass alone. Costs a second pass and a copy of what is perturbed.
+
+    A subclass overrides `perturbed` and `climb`.
+
+    Attributes:
+        rho: may be changed between steps, to schedule it.
+        norm, last_only: as given.
+    """
+
+    norms: tuple[str, ...] = ("joint", "per_tensor")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        rho: float,
+        norm: str,
+        last_only: bool = False,
+        **options: Any,
+    ) -> None:
+        """Check what the relatives have in common.
+
+        Args:
+            model, optimizer, options: see `Method`.
+            rho: radius, finite and at least 0.
+            norm: whether the radius is that of one joint ball, or of one for each part.
+            last_only: take the second gradient from the last micro-batch alone.
+
+        Raises:
+            TypeError, ValueError: see `Method`; an option of the wrong kind or value.
+        """
+        super().__init__(model, optimizer, **options)
+        name = type(self).__name__
+        _check.kinds(name, (float, int), rho=rho)
+        _check.finite(name, "rho", rho, minimum=0.0)
+        _check.one_of(name, self.norms, norm=norm)
+        _check.kinds(name, bool, last_only=last_only)
+        self.rho = rho
+        self.norm = norm
+        self.last_only = last_only
+
+    def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
+        """The mean gradient at w + e."""
+        with self.ascended(loss_fn, batches), still_statistics(self.model):
+            self.optimizer.zero_grad()
+            return self.mean_gradient(loss_fn, batches[-1:] if self.last_only else batches)
+
+    @contextlib.contextmanager
+    def ascended(self, loss_fn: LossFn, batches: Sequence[Any]) -> Iterator[None]:
+        """The model at w + e, with e from a first pass over `batches`."""
+        self.mean_gradient(loss_fn, batches)
+        weights = [weight for weight in self.perturbed() if weight.grad is not None]
+        with kept(weights):
+            self.climb(weights)
+            yield
+
+    def perturbed(self) -> list[nn.Parameter]:
+        """The parameters that are perturbed."""
+        return list(self.trainable().values())
+
+    def climb(self, weights: list[nn.Parameter]) -> None:
+        """Add e to weights with gradients: here rho T^2 g / ||T g||, with T from `metric`."""
+        metrics = [self.metric(weight.detach()) for weight in weights]
+        norms = [wide_norm(t * w.grad) for t, w in zip(metrics, weights, strict=True)]
+        for weight, metric, factor in zip(weights, metrics, self.factors(norms), strict=True):
+            gradient = weight.grad.to(torch.promote_types(weight.dtype, torch.float32))
+            weight.detach().add_(metric * metric * gradient * factor)
+
+    def metric(self, weight: Tensor) -> Tensor | float:
+        """T, which makes the ball an ellipsoid."""
+        return 1.0
+
+    def factors(self, norms: list[Tensor]) -> list[Tensor]:
+        """rho over the norm of each part, or of all of them, on the parts' devices."""
+        if self.norm == "joint" and norms:
+            total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+            norms = [total.to(norm.device) for norm in norms]
+        return [self.rho / (norm + TINY) for norm in norms]
+
+
+def wide_norm(values: Tensor) -> Tensor:
+    """The 2-norm, summed in float32 or wider."""
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))

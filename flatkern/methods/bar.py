@@ -1,0 +1,111 @@
+"""BAR: the balancing that SAM does to A and B, without its second pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatkern.methods._ascent import wide_norm
+from flatkern.methods._layers import lora_layers
+from flatkern.methods.base import Method
+from flatkern.nn import LoRALinear
+from flatkern.noise.schedules import Schedule, constant, factor_at
+from flatkern.ops import _check
+
+VARIANTS = ("nBAR", "oBAR")
+
+
+class BAR(Method):
+    """Before each update, of every layer one adapter grows by 1 + a lr and the other shrinks.
+
+    nBAR: B grows if ||dB|| >= ||dA||, their gradients, else A. oBAR: A grows if ||B|| >= ||A||,
+    else B. Either multiplies B A by 1 - a^2 lr^2. Source: Li et al., "Implicit regularization of
+    sharpness-aware minimization for scale-invariant problems", 2024, algorithms 2 and 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        alpha: float = 1.0,
+        variant: str = "nBAR",
+        schedule: Schedule | None = None,
+        **options: Any,
+    ) -> None:
+        """Balance the adapters of every LoRALinear layer.
+
+        Args:
+            model, optimizer, options: see `Method`.
+            alpha: a, finite and at least 0; the source tries 0.5, 1 and 2.
+            variant: "nBAR" or "oBAR".
+            schedule: factor of alpha as a function of the 0-based step; None: constant. The
+                source lets it fall to 0 at the end of the training.
+
+        Raises:
+            TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
+                without LoRALinear layers whose A and B are trained.
+        """
+        super().__init__(model, optimizer, **options)
+        _check.kinds("BAR", (float, int), alpha=alpha)
+        _check.finite("BAR", "alpha", alpha, minimum=0.0)
+        _check.one_of("BAR", VARIANTS, variant=variant)
+        _check.kinds("BAR", Callable, optional=True, schedule=schedule)
+        self.alpha = alpha
+        self.variant = variant
+        self._schedule = schedule or constant()
+        self._step = 0
+        self._layers = list(lora_layers(self, "lora_A", "lora_B").values())
+
+    def update(self) -> bool:
+        """Balance, then clip and step; where the optimizer is not stepped, A and B stay."""
+        strength = self.alpha * factor_at("BAR", self._schedule, self._step)
+        layers = [layer for layer in self._layers if layer.lora_B.grad is not None]
+        rates = {
+            id(p): float(group["lr"])
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        adapters = [part.detach() for layer in layers for part in (layer.lora_A, layer.lora_B)]
+        before = [part.clone() for part in adapters]
+        stepped = False
+        try:
+            for layer in layers:
+                self._balance(layer, strength * rates[id(layer.lora_B)])
+            stepped = super().update()
+        finally:
+            if not stepped:
+                torch._foreach_copy_(adapters, before)
+        self._step += stepped
+        return stepped
+
+    def _balance(self, layer: LoRALinear, amount: float) -> None:
+        """Grow one adapter by 1 + amount; nothing waits for the norms."""
+        if amount >= 1:
+            _check.refuse("BAR", "alpha", "below 1 / the learning rate", self.alpha)
+        A, B = layer.lora_A, layer.lora_B
+        if self.variant == "nBAR":
+            grow_B = wide_norm(B.grad) >= wide_norm(A.grad)
+        else:
+            grow_B = wide_norm(B.detach()) < wide_norm(A.detach())
+        signed = (2 * grow_B.to(torch.promote_types(A.dtype, torch.float32)) - 1) * amount
+        B.detach().mul_(1 + signed)
+        A.detach().mul_(1 - signed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates so far, which the schedule counts."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            TypeError, ValueError: not what `state_dict` gives; nothing is changed.
+        """
+        super().load_state_dict(state_dict)
+        step = state_dict["step"]
+        _check.kinds("BAR", int, step=step)
+        if step < 0:
+            _check.refuse("BAR", "step", "at least 0", step)
+        self._step = step

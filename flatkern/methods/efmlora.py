@@ -1,0 +1,97 @@
+"""EFMLoRA: FMLoRA in one pass, at a running mean of earlier steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatkern.methods._contexts import kept
+from flatkern.methods.base import LossFn
+from flatkern.methods.fmlora import FMLoRA
+from flatkern.ops import _check
+
+
+class EFMLoRA(FMLoRA):
+    """The gradient at (A, B + M_(t-1)), where M_t = (1 - beta) M_(t-1) + beta E_t and M_1 = E_1.
+
+    E_t is FMLoRA's step from that same gradient, at the point where it was taken; the first step's
+    gradient is plain. B itself is what is updated, evaluated and saved; the source's algorithm
+    ends a step at B + M. Costs M and a copy of B, and no pass. Source: see `FMLoRA`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        rho: float = 0.05,
+        beta: float = 0.9,
+        norm: str = "per_layer",
+        **options: Any,
+    ) -> None:
+        """Perturb the merged weight of every LoRALinear layer.
+
+        Args:
+            model, optimizer, options: see `Method`.
+            rho: radius, finite and at least 0.
+            beta: weight of the newest step, in (0, 1]; 1 is FMLoRA with the last step's E.
+            norm: "per_layer", one ball for each merged weight, or "joint", one for all.
+
+        Raises:
+            TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
+                without LoRALinear layers.
+        """
+        super().__init__(model, optimizer, rho=rho, norm=norm, **options)
+        _check.kinds("EFMLoRA", (float, int), beta=beta)
+        if not 0 < beta <= 1:
+            _check.refuse("EFMLoRA", "beta", "in (0, 1]", beta)
+        self.beta = beta
+        self._mean: dict[str, torch.Tensor] = {}
+        self._next_mean = self._mean
+
+    def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
+        """The mean gradient at B + M; the next M waits for the update."""
+        with kept(self.perturbed()):
+            for name, step in self._mean.items():
+                self._layers[name].lora_B.detach().add_(step)
+            loss = self.mean_gradient(loss_fn, batches)
+            self._next_mean = {**self._mean, **self._mixed(self.steps())}
+        return loss
+
+    def _mixed(self, steps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.lerp(self._mean[name], step, self.beta) if name in self._mean else step
+            for name, step in steps.items()
+        }
+
+    def update(self) -> bool:
+        """Step the optimizer, and with it M."""
+        stepped = super().update()
+        if stepped:
+            self._mean = self._next_mean
+        return stepped
+
+    def state_dict(self) -> dict[str, Any]:
+        """M of every layer, by its name; none before the first update."""
+        return {"mean": {name: step.clone() for name, step in self._mean.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            TypeError, ValueError: not what `state_dict` gives; nothing is changed.
+        """
+        super().load_state_dict(state_dict)
+        mean = state_dict["mean"]
+        _check.kinds("EFMLoRA", dict, mean=mean)
+        for name, step in mean.items():
+            if name not in self._layers:
+                _check.refuse("EFMLoRA", "mean", f"of the layers {list(self._layers)}", name)
+            _check.kinds("EFMLoRA", torch.Tensor, **{f"mean[{name!r}]": step})
+            shape = self._layers[name].lora_B.shape
+            if step.shape != shape:
+                _check.refuse("EFMLoRA", f"mean[{name!r}]", f"of shape {list(shape)}", step)
+        self._mean = {
+            name: step.to(self._layers[name].lora_B, copy=True) for name, step in mean.items()
+        }

@@ -1,0 +1,69 @@
+"""SAM: the gradient at the worst point of a small ball around the weights."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatkern.methods._ascent import Ascent
+from flatkern.methods._layers import WeightGradient, adding, lora_layers, recording
+from flatkern.methods.base import LossFn
+from flatkern.ops import _check
+
+SCOPES = ("trainable", "merged")
+
+
+class SAM(Ascent):
+    """The gradient at w + e with e = rho g / ||g||, where g is the gradient at w.
+
+    Source: Foret et al., "Sharpness-aware minimization", 2021. With scope "merged", g is the
+    gradient of the merged weights W' = W + s B A of all LoRA layers, and A and B take their
+    gradients at W' + e: the comparison in Li et al., "Flat-LoRA", 2024, table 6.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        rho: float = 0.05,
+        scope: str = "trainable",
+        norm: str = "joint",
+        last_only: bool = False,
+        **options: Any,
+    ) -> None:
+        """Choose what is perturbed.
+
+        Args:
+            model, optimizer, options: see `Method`.
+            rho: radius, finite and at least 0.
+            scope: "trainable" parameters, of which a copy is kept; or "merged" weights of
+                LoRALinear layers. These are not written: in the second pass x e^T is added to the
+                layers' outputs. Kept for it, from tokens x (m + n) numbers a layer up to m x n.
+            norm: "joint", one ball for all tensors, or "per_tensor", one for each.
+            last_only: take the second gradient from the last micro-batch alone.
+
+        Raises:
+            TypeError, ValueError: see `Method`; an option of the wrong kind or value, or "merged"
+                without LoRALinear layers.
+        """
+        super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
+        _check.one_of(type(self).__name__, SCOPES, scope=scope)
+        self.scope = scope
+        self._layers = list(lora_layers(self).values()) if scope == "merged" else []
+
+    @contextlib.contextmanager
+    def ascended(self, loss_fn: LossFn, batches: Sequence[Any]) -> Iterator[None]:
+        """The model at w + e or at W' + e."""
+        if self.scope == "trainable":
+            with super().ascended(loss_fn, batches):
+                yield
+            return
+        gradients = {layer: WeightGradient(layer) for layer in self._layers}
+        with recording(gradients):
+            self.mean_gradient(loss_fn, batches)
+        factors = self.factors([gradient.norm() for gradient in gradients.values()])
+        with adding(dict(zip(gradients.values(), factors, strict=True))):
+            yield

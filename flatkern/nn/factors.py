@@ -1,0 +1,33 @@
+"""Kinds of adapter as plain factors: (A, B) such that the weight seen is W + s B A."""
+
+import torch
+from torch import Tensor
+
+
+def nora_factors(
+    lora_A: Tensor, lora_B: Tensor, nora_A: Tensor, nora_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A' A [r', n] and B B' [m, r'], of the outer [r, n], [m, r] and inner [r', r], [r, r']."""
+    # Small products, in full precision: the noise's row scale must not depend on autocast.
+    with torch.autocast(lora_A.device.type, enabled=False):
+        return nora_A @ lora_A, lora_B @ nora_B
+
+
+def adalora_factors(
+    lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, lora_alpha: float, ranknum: float
+) -> tuple[Tensor, Tensor, float]:
+    """(A', B, s) with W + s B A' = W + alpha / (r + 1e-5) B diag(E) A.
+
+    A rank that the allocator pruned has E = 0, so the row norms follow the current mask; r is the
+    initial rank, which PEFT does not lower. There is no layer of this kind here: one makes sense
+    with the allocator alone, which is PEFT's. Source: Zhang et al., "AdaLoRA", 2023; PEFT's
+    `SVDLinear`.
+
+    Args:
+        lora_A, lora_B: [r, n] and [m, r].
+        lora_E: [r, 1], the masked singular values.
+        lora_alpha: alpha; not above 0 it counts as r, as in PEFT.
+        ranknum: r as PEFT keeps it.
+    """
+    alpha = lora_alpha if lora_alpha > 0 else ranknum
+    return lora_A * lora_E, lora_B, float(alpha) / (float(ranknum) + 1e-5)

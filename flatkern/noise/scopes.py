@@ -1,0 +1,56 @@
+"""Scopes: which weights of a model take noise, and what their scale is taken from."""
+
+from torch import nn
+
+from flatkern.nn import LoRALinear
+from flatkern.noise.numbers import ADAPTERS, tensor_numbers
+from flatkern.noise.targets import Target
+from flatkern.ops import _check
+
+SCOPES = ("merged", "origin", "lora", "full", "all", "trainable")
+
+
+def collect(model: nn.Module, scope: str, strategy: str) -> list[Target]:
+    """The weights in scope, each tensor once, in the model's order.
+
+    - merged: the base weights of LoRALinear layers, with the scale of W' = W + s B A;
+    - origin: every tensor but the adapters; lora: the adapters; full: both; trainable: every
+      trainable parameter; each with the scale of its own values;
+    - all: as merged, and with "element" every tensor of fewer than two dimensions and every
+      embedding, adapters excepted.
+
+    Tensors that are not floating point are left out.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    layers: dict[int, list[LoRALinear]] = {}
+    embeddings = set()
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(weight), []).append((module, name))
+        if isinstance(module, LoRALinear):
+            layers.setdefault(id(module.weight), []).append(module)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            embeddings.add(id(module.weight))
+    numbers = tensor_numbers(model)
+    targets = []
+    for name, weight in model.named_parameters():
+        if weight.dtype not in _check.FLOAT_DTYPES:
+            continue
+        base, is_adapter = layers.get(id(weight), []), numbers[name] >= ADAPTERS
+        small = not is_adapter and (weight.dim() < 2 or id(weight) in embeddings)
+        merged = bool(base) and scope in ("merged", "all")
+        chosen = (
+            merged
+            or {
+                "merged": False,
+                "origin": not is_adapter,
+                "lora": is_adapter,
+                "full": True,
+                "all": small,
+                "trainable": weight.requires_grad,
+            }[scope]
+        )
+        if chosen:
+            own = "element" if scope == "all" and not merged else strategy
+            targets.append(Target(name, numbers[name], base, owners[id(weight)], own, merged))
+    return targets
