@@ -207,7 +207,7 @@ def wild(shape, dtype):
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
-@pytest.mark.parametrize("cols", [4096, 4097, 336])
+@pytest.mark.parametrize("cols", [4096, 1001, 336])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_bits_and_any_scale(library, dtype, cols, elementwise):
     values = [0.05, 1.0, 0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, 3e-39, 1e-30, 2e37, 300]
