@@ -45,11 +45,21 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     """
     op = getattr(torch.ops.flatkern, name).default
 
+    class Applied(function):
+        # With a setup_context of its own, each application would inspect forward's signature.
+        setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
     def run(keyset: Any, *arguments: Any, **options: Any) -> Any:
         below = functools.partial(_below_autograd, op, keyset)
         reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if reverse or forward_ad._current_level >= 0:
-            return function.apply(below, options, *arguments)
+            return Applied.apply(below, options, *arguments)
         return below(*arguments, **options)
 
     _AUTOGRAD.impl(name, run, "Autograd", with_keyset=True)
