@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flatkern.nn.pissa import pissa_factors
 from flatkern.ops import _check
-from flatkern.ops.noisy_linear import autocast_dtype
+from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
 
 _OP = "LoRALinear"
 _INITS = (True, False, "gaussian", "pissa")
@@ -271,7 +271,7 @@ class LoRALinear(nn.Module):
         lora_B: Tensor | None = None,
     ) -> Tensor:
         dtype = autocast_dtype(x)
-        return torch.ops.flatkern.noisy_linear(
+        return call_noisy_linear(
             # The op returns x's dtype; F.linear would return autocast's.
             x if dtype is None else x.to(dtype),
             self.weight,
