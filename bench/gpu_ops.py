@@ -28,6 +28,9 @@ from flatkern.ops.residual import is_available
 OPS = ("noise", "row_norm", "row_norm rank 64", "perturb", "restore", "perturb_merged", "window")
 FLATKERN = ("cuda", "triton")
 BASELINES = ("copy", "published", "eager", "compiled")
+# A model's worth of weights perturbed, in one call and one after the other.
+MODEL_OPS = ("foreach", "loop")
+LAYERS = 48
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # CUDA forms B A with multiply-adds at the first rank, on tensor cores at the second.
 RANK, LARGE_RANK, SCALING, SIGMA, SEED = 16, 64, 2.0, 0.05, 4
@@ -67,6 +70,9 @@ def plan(rehearse: bool) -> list[Cell]:
     for (rows, cols), count, provider in itertools.product(shapes, tokens, (*FLATKERN, "gemm")):
         for op in ("noisy_linear forward", "noisy_linear backward"):
             cells.append(Cell(op, rows, cols, "bfloat16", provider, count))
+    rows, cols = shapes[0] if rehearse else (512, 512)
+    for provider, op in itertools.product(FLATKERN, MODEL_OPS):
+        cells.append(Cell(op, rows, cols, "bfloat16", provider))
     cells += [Cell("call", 64, 64, "bfloat16", provider) for provider in FLATKERN]
     return cells
 
@@ -265,6 +271,22 @@ def gate(op: str, i: Inputs) -> None:
         ops.restore_(weight, c, i.key, residual=residual)
         ops.check_residual(residual)
         assert torch.equal(weight, i.weight), "window: bits changed"
+    elif op in MODEL_OPS:
+        # Aligned or not, large and small; with residuals, where there are any, and without.
+        parts = [weight, weight[:1].clone(), weight[:, 1:], weight[:0]]
+        scales = [c, c[:1], c, c[:0]]
+        clean = [part.clone() for part in parts]
+        for again in (False, is_available(weight)):
+            copies = [part.clone() for part in parts]
+            own = {"residuals": [ops.new_residual(part) for part in parts]} if again else {}
+            lists = copies, scales, [i.key] * len(parts)
+            ops.foreach_perturb_(*lists, **own)
+            for got, part, scale in zip(copies, clean, scales, strict=True):
+                assert torch.equal(got, ops.perturb(part, scale, i.key)), "foreach: not perturb's"
+            ops.foreach_restore_(*lists, **own)
+            for residual in own.get("residuals", ()):
+                ops.check_residual(residual)
+            assert not again or all(map(torch.equal, copies, clean)), "foreach: bits changed"
     elif op == "perturb_merged":
         parts = i.weight.clone()
         c = ops.row_norm(parts, *i.adapters) * (SIGMA / math.sqrt(cols))
@@ -303,6 +325,15 @@ def _linear_call(cell: Cell, i: Inputs) -> Callable[[], object]:
     if cell.provider == "gemm":
         return (lambda: F.linear(x, i.weight)) if forward else (lambda: x @ i.weight)
     return (_forward if forward else _backward)(x, i)
+
+
+def _model_call(op: str, layers: list[Inputs]) -> Callable[[], object]:
+    """A call for all of them."""
+    lists = ([getattr(i, name) for i in layers] for name in ("weight", "row_scale", "key"))
+    weights, scales, keys = lists
+    if op == "foreach":
+        return lambda: ops.foreach_perturb_(weights, scales, keys)
+    return lambda: [ops.perturb_(*one) for one in zip(weights, scales, keys, strict=True)]
 
 
 def _host_seconds(i: Inputs) -> dict[str, float]:
@@ -362,6 +393,9 @@ class Runner:
             return {"status": "failed", "why": shut}
         if cell.tokens:
             calls = [_linear_call(cell, i) for i in rotation]
+        elif cell.op in MODEL_OPS:
+            starts = range(0, max(1, len(rotation) - LAYERS + 1), LAYERS)
+            calls = [_model_call(cell.op, rotation[k : k + LAYERS]) for k in starts]
         else:
             op = cell.op.replace("call", "perturb")
             calls = [provide(op, cell.provider, i, self.compiled) for i in rotation]
@@ -379,7 +413,7 @@ def exercise(device: torch.device) -> None:
     """Every op's gate on small odd shapes, for compute-sanitizer."""
     for (rows, cols), dtype in itertools.product(((37, 264), (5, 4099)), DTYPES.values()):
         i = Inputs(rows, cols, dtype, device, 1)
-        for op in OPS:
+        for op in (*OPS, "foreach"):
             if op != "window" or is_available(i.weight):
                 gate(op, i)
         # The paths for rows that are not aligned, and for restore and elementwise noise.

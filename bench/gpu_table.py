@@ -3,7 +3,7 @@
 import torch
 from tabulate import tabulate
 
-from bench.gpu_ops import FLATKERN, OPS, Cell
+from bench.gpu_ops import FLATKERN, LAYERS, MODEL_OPS, OPS, Cell
 from flatkern.ops import _cost
 
 # Bytes per second of a device copy, read plus write, on which the predictions rest.
@@ -147,6 +147,11 @@ def claims_table(outcomes: Outcomes, device: str) -> str:
     )
     cuda, triton = (Cell("perturb", *shape, name) for name in FLATKERN)
     lines.append(["perturb: triton over cuda", "1.0 to 1.05", _ratio(outcomes, triton, cuda)])
+    for name, expected in zip(FLATKERN, ("0.2 to 0.5", "1.0"), strict=True):
+        shape = next((c.rows, c.cols, c.dtype) for c in outcomes if c.op == "loop")
+        foreach, loop = (Cell(op, *shape, name) for op in MODEL_OPS)
+        what = f"{name}: foreach_perturb_ of {LAYERS} weights {shape[0]}x{shape[1]} over a loop"
+        lines.append([what, expected, _ratio(outcomes, foreach, loop)])
     for cell in outcomes:
         if cell.op == "call":
             name = f"{cell.provider}: host us of a perturb_ call"

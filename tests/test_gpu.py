@@ -1,5 +1,6 @@
 """What only a GPU can show: graphs, streams, no synchronisation, more than 2^31 elements."""
 
+import functools
 import math
 
 import pytest
@@ -44,6 +45,7 @@ def all_ops(weight, lora_A, lora_B, scale, key):
     return [
         ops.philox_bits(rows, cols, key),
         ops.noise(rows, cols, key),
+        *ops.foreach_row_norm([weight, weight], [lora_A] * 2, [lora_B] * 2, 0.5),
         ops.row_norm(weight, lora_A, lora_B, 0.5),
         ops.perturb(weight, scale, key, dtype=torch.float16),
         *(perturbed, restored, merged, c, y, grad),
@@ -284,6 +286,107 @@ def test_a_graph_of_a_window_replays(cuda_kernels):
         ops.check_residual(residual)
         assert_same_bits(weight, clean)
         assert_same_bits(noisy, ops.perturb(clean, **where))
+
+
+# More tensors than a table holds: aligned or not, of one chunk or several, and empty.
+SHAPES = [(1, 1), (0, 8), (33, 520), (3, 4112), (7, 1001), (16, 16), (4500, 8), (2, 4097)] * 6
+
+
+def model_weights():
+    """(weights, row scales, keys) of many."""
+    problems = [problem(*shape, DTYPES[i // 8 % 3]) for i, shape in enumerate(SHAPES)]
+    keys = [flatkern.NoiseKey(1, 2, 3, i).to("cuda") for i in range(len(problems))]
+    return [p[0] for p in problems], [p[3] for p in problems], keys
+
+
+def assert_all_same_bits(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_lists_have_the_bits_of_the_loop(backend):
+    weights, scales, keys = model_weights()
+    expected = list(map(ops.perturb, weights, scales, keys))
+    ops.foreach_perturb_(weights, scales, keys)
+    assert_all_same_bits(weights, expected)
+    for weight, scale, key in zip(expected, scales, keys, strict=True):
+        ops.restore_(weight, scale, key)
+    ops.foreach_restore_(weights, scales, keys)
+    assert_all_same_bits(weights, expected)
+    assert_all_same_bits(ops.foreach_row_norm(weights), list(map(ops.row_norm, weights)))
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_lists_with_residuals_are_exact(cuda_kernels, elementwise):
+    weights, *operands = model_weights()
+    clean = [weight.clone() for weight in weights]
+    residuals = [ops.new_residual(weight) for weight in weights]
+    options = {"elementwise": elementwise, "residuals": residuals}
+    ops.foreach_perturb_(weights, *operands, **options)
+    perturb = functools.partial(ops.perturb, elementwise=elementwise)
+    assert_all_same_bits(weights, list(map(perturb, clean, *operands)))
+    # One that is refused keeps its own tensor alone.
+    noisy, spare = weights[2].clone(), operands[1][2].clone()
+    operands[1][2].copy_(operands[1][3])
+    ops.foreach_restore_(weights, *operands, **options)
+    with pytest.raises(RuntimeError, match="filled with tensor other"):
+        ops.check_residual(residuals[2])
+    assert_same_bits(weights[2], noisy)
+    operands[1][2].copy_(spare)
+    last = [values[2:3] for values in (weights, *operands)]
+    ops.foreach_restore_(*last, elementwise=elementwise, residuals=residuals[2:3])
+    for residual in residuals:
+        ops.check_residual(residual)
+    assert_all_same_bits(weights, clean)
+
+
+def test_one_residual_for_two_weights_is_refused_for_the_second(cuda_kernels):
+    weight, clean, residual, where = residual_window()
+    other = clean.clone()
+    lists = [weight, other], [where["row_scale"]] * 2, [where["key"]] * 2
+    ops.foreach_perturb_(*lists, residuals=[residual] * 2)
+    with pytest.raises(RuntimeError, match="filled by an earlier"):
+        ops.check_residual(residual)
+    assert_same_bits(other, clean)
+    ops.restore_(weight, **where, residual=residual)
+    assert_same_bits(weight, clean)
+
+
+def test_a_graph_of_lists_replays(cuda_kernels):
+    weights, *operands = model_weights()
+    clean = [weight.clone() for weight in weights]
+    residuals = [ops.new_residual(weight) for weight in weights]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.foreach_perturb_(weights, *operands, residuals=residuals)
+        noisy = [weight.clone() for weight in weights]
+        ops.foreach_restore_(weights, *operands, residuals=residuals)
+    for step in (7, 8):
+        for key in operands[1]:
+            key[1] = step
+        graph.replay()
+        assert_all_same_bits(weights, clean)
+        assert_all_same_bits(noisy, list(map(ops.perturb, clean, *operands)))
+    for residual in residuals:
+        ops.check_residual(residual)
+
+
+def test_a_window_is_captured_in_a_graph(cuda_kernels):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 8)).bfloat16().cuda()
+    flatkern.nn.replace_linear(model, "all-linear", r=4)
+    noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore="residual")
+    clean = [layer.weight.clone() for layer in model]
+    # Keys and row scales take their places before the capture.
+    with noise.window(3):
+        expected = [layer.weight.clone() for layer in model]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), noise.window(3):
+        noisy = [layer.weight.clone() for layer in model]
+    for _ in range(2):
+        graph.replay()
+        assert_all_same_bits(noisy, expected)
+        assert_all_same_bits([layer.weight for layer in model], clean)
 
 
 @pytest.mark.parametrize("mode", ["virtual", "inplace"])

@@ -96,6 +96,8 @@ def test_failed_cells_hold_no_number():
     assert row(claims, "perturb: triton over cuda")[1] == "failed"
     assert row(claims, "triton: perturb_merged over perturb, fused") == ["1.0", "1.00"]
     assert row(claims, "device copy, TB/s") == ["3.0", "1.12"]
+    several = "cuda: foreach_perturb_ of 48 weights 512x512 over a loop"
+    assert row(claims, several) == ["0.2 to 0.5", "1.00"]
 
 
 def test_noisy_linear_beside_its_predictions():

@@ -273,6 +273,22 @@ def test_a_weight_that_was_written_is_not_restored():
     assert_clean(model, before)
 
 
+def test_a_refusal_of_all_leaves_the_others_restored():
+    model = make_model()
+    before, noise = clean_weights(model), inplace(model, restore="residual")
+    noise.open()
+    scale = noise._targets[1].row_scale
+    kept = scale.clone()
+    scale.add_(1)
+    with pytest.raises(RuntimeError, match="filled with row_scale"):
+        noise.close()
+    for name in ("1.weight", "4.weight"):
+        tolerances.assert_same_bits(model.get_parameter(name).detach(), before[name])
+    scale.copy_(kept)
+    noise.close()
+    assert_clean(model, before)
+
+
 @every_restore
 def test_a_model_that_changed_between_windows(restore):
     model = make_model()

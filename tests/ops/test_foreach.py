@@ -236,6 +236,21 @@ def test_a_tensor_twice_and_one_that_overlaps(device, op):
     assert_all_same_bits(run(getattr(flatkern.ops, f"foreach_{op}")), run(loop))
 
 
+def test_order_where_dtypes_overlap(device):
+    """All that a backend serves goes in order, whatever its dtype."""
+    base = make((12, 64), torch.float32, device)[0]
+    halves = base.view(torch.bfloat16)
+    weights = [base[:5], halves[3:], base[4:]]
+    scales = [torch.full((w.shape[0],), 0.5, device=device) for w in weights]
+    keys = [make_key(device, (1, 2, 3, i)) for i in range(3)]
+    expected = base.clone()
+    pieces = [expected[:5], expected.view(torch.bfloat16)[3:], expected[4:]]
+    for one in zip(pieces, scales, keys, strict=True):
+        flatkern.ops.perturb_(*one)
+    flatkern.ops.foreach_perturb_(weights, scales, keys)
+    tolerances.assert_same_bits(base, expected)
+
+
 BAD = {
     "weights": (torch.ones(4, 6, dtype=torch.int32), "weight must be float32"),
     "row_scales": (torch.ones(5), r"row_scale must be contiguous float32 \[4\]"),

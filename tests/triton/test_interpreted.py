@@ -39,6 +39,10 @@ SELECTIONS = {
     "noise": (["ops/test_noise.py"], EVERY_OP),
     "perturb": (["ops/test_perturb.py", "ops/test_perturb_tensors.py"], EVERY_OP),
     "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
+    "foreach": (
+        ["ops/test_foreach.py"],
+        "triton and (bits_of_the_loop or norms_of_the_loop or left_out or bad_value)",
+    ),
     "noisy_linear": (
         ["ops/test_noisy_linear.py"],
         "triton and (values_and_gradients or random_problems)",
