@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one call: `python3 -m bench.gpu` from the repository's root.
 
 Builds for the GPU's architecture, runs all tests, runs compute-sanitizer over small cases, times
-the ops behind their gates, writes bench/results/<device>/gpu.{json,md} and prints the tables. No
-network; needs torch, Triton, nvcc, ninja, pybind11, pytest and tabulate. A part that fails or
-cannot run is named in the tables, the others still run, and the exit status is 1.
+the ops behind their gates and whole optimizer steps, writes bench/results/<device>/gpu.{json,md}
+and prints the tables. No network; needs torch, Triton, nvcc, ninja, pybind11, pytest and tabulate.
+A part that fails or cannot run is named in the tables, the others still run, and the exit status
+is 1.
 
 `--rehearse` walks through all of it where no GPU is, on tiny inputs and other backends, measures
 nothing, and writes to a temporary folder only.
@@ -212,6 +213,15 @@ def measure(parts: Parts, rehearse: bool, folder: Path) -> dict[Cell, dict]:
     return {cell: outcomes.get(cell, lost) for cell in plan(rehearse)}
 
 
+def step(parts: Parts, rehearse: bool, folder: Path) -> tuple[str, list[dict]]:
+    """The table and the rows of whole optimizer steps; none if bench.step did not finish."""
+    command = [PYTHON, "-m", "bench.step", "--out", str(folder)]
+    parts.run("step", command + (["--rehearse", "--device", "cpu"] if rehearse else []), 150)
+    if not (folder / "cuda.json").is_file():
+        return "not run", []
+    return (folder / "cuda.md").read_text(), json.loads((folder / "cuda.json").read_text())["rows"]
+
+
 def conditions(device: str) -> dict[str, object]:
     """What the numbers depend on."""
     info = subprocess.run(
@@ -244,7 +254,12 @@ def conditions(device: str) -> dict[str, object]:
 
 
 def write(
-    folder: Path, where: dict, parts: list[dict], outcomes: dict[Cell, dict], head: str
+    folder: Path,
+    where: dict,
+    parts: list[dict],
+    outcomes: dict[Cell, dict],
+    steps: tuple[str, list[dict]],
+    head: str,
 ) -> str:
     """Write gpu.json and gpu.md into the folder; return the text of the latter."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,6 +273,8 @@ def write(
             gpu_table.ops_table(outcomes, device),
             "## noisy_linear",
             gpu_table.linear_table(outcomes),
+            "## Optimizer steps",
+            steps[0].strip(),
             "## Claims",
             gpu_table.claims_table(outcomes, device),
             "## Parts",
@@ -265,7 +282,7 @@ def write(
             *(f"- failed: {why}" for why in shut),
         ]
     )
-    report = {"conditions": where, "parts": parts, "rows": rows}
+    report = {"conditions": where, "parts": parts, "rows": rows, "steps": steps[1]}
     (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "gpu.md").write_text(text + "\n")
     return text
@@ -290,6 +307,7 @@ def main() -> int:
         build(parts, args.rehearse)
         check(parts, args.rehearse, folder)
         outcomes = measure(parts, args.rehearse, folder)
+        steps = step(parts, args.rehearse, folder)
         where = conditions(device)
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         target = folder / slug if args.rehearse else args.out / slug
@@ -299,7 +317,7 @@ def main() -> int:
             "products replayed from graphs over rotating buffers of more than 256 MB, the "
             "published algorithm as it runs. `of copy`: speed as a share of a copy's in this run."
         )
-        print("\n" + write(target, where, parts.done, outcomes, head))
+        print("\n" + write(target, where, parts.done, outcomes, steps, head))
     if args.rehearse:
         print(f"\n{device}: nothing was measured, nothing was kept")
         return int(any(part["status"] == "failed" for part in parts.done))

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 import flatkern
 from bench import baselines
-from flatkern import ops
+from flatkern import _backend, ops
+from flatkern import triton as kernels
 from flatkern.ops.residual import is_available
 
 OPS = ("noise", "row_norm", "row_norm rank 64", "perturb", "restore", "perturb_merged", "window")
@@ -53,7 +54,7 @@ class Cell:
 def plan(rehearse: bool) -> list[Cell]:
     """Every cell that a complete run fills."""
     shapes = [(40, 72), (24, 72)] if rehearse else [(4096, 4096), (11008, 4096)]
-    tokens = [4] if rehearse else [64, 512, 2048, 8192]
+    tokens = [4] if rehearse else [64, 256, 512, 2048, 8192]
     cells = []
     for (rows, cols), dtype, op in itertools.product(shapes, ("bfloat16", "float32"), OPS):
         if op == "noise" and dtype != "float32":
@@ -275,7 +276,7 @@ def gate(op: str, i: Inputs) -> None:
         x = torch.randn(8, cols, device=weight.device).to(weight.dtype)
         noisy = ops.perturb(weight, c, i.key).double()
         y = _forward(x, i)()
-        grad_x = _backward(y, i)()
+        (grad_x,) = _backward(y, i)()
         for got, exact in ((y, x.double() @ noisy.t()), (grad_x, y.double() @ noisy)):
             error = (got.double() - exact).norm() / exact.norm()
             # One rounding to the dtype, or the product's own accumulation in float32.
@@ -288,7 +289,11 @@ def _forward(x: torch.Tensor, i: Inputs) -> Callable[[], object]:
 
 
 def _backward(grad: torch.Tensor, i: Inputs) -> Callable[[], object]:
-    return lambda: torch.ops.flatkern.noisy_linear_grad_x(grad, i.weight, i.row_scale, i.key)
+    # x is only read for the gradients of adapters.
+    return lambda: torch.ops.flatkern.noisy_linear_backward(
+        *(grad, grad.new_empty(len(grad), i.weight.shape[1]), i.weight, None, None, 1.0),
+        *(i.row_scale, i.key, True, False, False),
+    )
 
 
 def _linear_call(cell: Cell, i: Inputs) -> Callable[[], object]:
@@ -383,6 +388,11 @@ def exercise(device: torch.device) -> None:
         ops.perturb_(wide[:, 1:], i.row_scale, i.key, elementwise=True, col_offset=3)
         ops.restore_(wide[:, 1:], i.row_scale, i.key, elementwise=True, col_offset=3)
         assert torch.isfinite(wide).all()
+        # Too small for these to be chosen.
+        if dtype != torch.float32 and _backend.resolve(device.type, dtype) == "triton":
+            x, grad = (torch.ones(3, side, dtype=dtype, device=device) for side in (cols, rows))
+            kernels.noisy_linear(x, i.weight, i.row_scale, i.key, col_offset=3)
+            kernels.noisy_linear_grad_x(grad, i.weight, i.row_scale, i.key, col_offset=8)
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -18,6 +18,11 @@ from triton.compiler import ASTSource
 from bench.sass import Report, analyse
 from flatkern import triton as kernels
 from flatkern.triton.noise import noise_kernel, philox_bits_kernel
+from flatkern.triton.noisy_linear import (
+    noisy_linear_grad_x_kernel,
+    noisy_linear_kernel,
+    noisy_linear_sum_kernel,
+)
 from flatkern.triton.perturb import perturb_kernel
 from flatkern.triton.perturb_merged import perturb_merged_kernel
 from flatkern.triton.row_norm import row_norm_kernel
@@ -25,6 +30,9 @@ from flatkern.triton.row_norm import row_norm_kernel
 JIT = (
     noise_kernel,
     philox_bits_kernel,
+    noisy_linear_kernel,
+    noisy_linear_grad_x_kernel,
+    noisy_linear_sum_kernel,
     perturb_kernel,
     perturb_merged_kernel,
     row_norm_kernel,
@@ -49,7 +57,7 @@ class Launch:
 
 
 def record(call: Callable[[], object]) -> Launch:
-    """What `call` would launch; nothing runs."""
+    """What `call` would launch first; nothing runs."""
     launches = []
 
     def run_of(kernel):
@@ -69,8 +77,7 @@ def record(call: Callable[[], object]) -> Launch:
     finally:
         for patch in patches:
             patch.stop()
-    (launch,) = launches
-    return launch
+    return launches[0]
 
 
 def compile_for(launch: Launch, arch: int) -> bytes:
@@ -148,6 +155,17 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
                 found[f"row_norm {name} rank {rank}"] = norm, size
                 if weight.shape[1] * size <= 8192:
                     found[f"perturb_merged_ {name} rank {rank}"] = merged, size
+    # The largest block of tokens has the most registers to spill.
+    x, scale = tensor(torch.bfloat16, 256), torch.empty(COLS)
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = tensor(dtype, COLS)
+
+        def product(op, weight=weight):
+            return lambda: op(x, weight, scale, key)
+
+        found[f"noisy_linear {NAMES[dtype]}"] = product(kernels.noisy_linear), 2
+        if dtype == torch.bfloat16:
+            found[f"noisy_linear_grad_x {NAMES[dtype]}"] = product(kernels.noisy_linear_grad_x), 2
     return found
 
 
@@ -170,6 +188,9 @@ def report_of(launch: Launch, arch: int, element_bytes: int, name: str) -> Repor
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compile_for(launch, arch))
         (found,) = analyse(cubin, element_bytes)
+    if name.startswith("noisy_linear"):
+        # What they store, once, says nothing of the loop over the weight.
+        found = replace(found, per_element=None)
     return replace(found, kernel=f"Triton {name}")
 
 

@@ -146,8 +146,9 @@ struct Ops {
     return out;
   }
 
-  // Whether two of the tensors may share memory: then they are written one after the other.
-  static bool overlap(const std::vector<PerturbArgs>& tensors) {
+  // Whether two of the tensors may share memory that is written: then they are written one after
+  // the other.
+  static bool overlap(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     std::vector<std::pair<uintptr_t, uintptr_t>> extents;
     for (const PerturbArgs& args : tensors) {
       const int64_t rows = args.window.rows, cols = args.window.cols;
@@ -156,6 +157,10 @@ struct Ops {
       const auto begin = reinterpret_cast<uintptr_t>(args.out);
       extents.emplace_back(begin, begin + ((rows - 1) * args.out_stride + cols) * bytes);
     }
+    for (const at::Tensor& residual : residuals) {
+      const auto begin = reinterpret_cast<uintptr_t>(residual.const_data_ptr());
+      extents.emplace_back(begin, begin + residual.nbytes());
+    }
     std::sort(extents.begin(), extents.end());
     for (size_t i = 1; i < extents.size(); ++i) {
       if (extents[i].first < extents[i - 1].second) return true;
@@ -163,7 +168,6 @@ struct Ops {
     return false;
   }
 
-  // Tensors on one device that share no memory; a residual for each, or none at all.
   // Tensors on one device that share no memory; a residual for each, or none at all.
   template <bool Restores>
   static void run_inplace(const at::Tensor& on, const std::vector<PerturbArgs>& tensors,
@@ -191,7 +195,7 @@ struct Ops {
       tensors.push_back(perturb_args(weights[i], weights[i], words[i], row_scales[i], elementwise,
                                      row_offsets[i], col_offsets[i]));
     }
-    if (!overlap(tensors)) return run_inplace<Restores>(weights[0], tensors, residuals);
+    if (!overlap(tensors, residuals)) return run_inplace<Restores>(weights[0], tensors, residuals);
     for (size_t i = 0; i < count; ++i) {
       run_inplace<Restores>(weights[0], {tensors[i]},
                             residuals.empty() ? residuals : residuals.slice(i, 1));

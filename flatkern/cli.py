@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead choose sigma and dropout on the validation split",
     )
+    demo.add_argument(
+        "--methods",
+        metavar="NAMES",
+        help="instead compare plain LoRA with other methods: 'all', or names with commas between",
+    )
     demo.add_argument("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N-1")
     demo.add_argument(
         "--out", type=Path, default=Path("demo-results"), metavar="DIR", help="default: %(default)s"
@@ -97,11 +102,23 @@ def _print_tree(values: dict[str, object], indent: str = "") -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.choose and arguments.seeds:
         return _fail("--seeds does not go with --choose, which has seeds of its own")
+    if arguments.choose and arguments.methods is not None:
+        return _fail("--methods does not go with --choose, which tunes the usual arms")
     if (advice := _missing_for_demo()) is not None:
         return _fail(advice)
     # Imported here, so that the other commands work without the demo's extras.
     from flatkern.demo import DemoError, run
 
+    if arguments.methods is not None:
+        from flatkern.demo.settings import METHODS
+
+        asked = [name.strip() for name in arguments.methods.split(",")]
+        arguments.methods = tuple(METHODS) if asked == ["all"] else tuple(asked)
+        unknown = [name for name in arguments.methods if name not in METHODS]
+        if unknown:
+            return _fail(
+                f"--methods must be all or some of {', '.join(METHODS)}; got {', '.join(unknown)}"
+            )
     try:
         return run.main(arguments)
     except DemoError as error:

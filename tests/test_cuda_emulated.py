@@ -18,6 +18,7 @@ FLAGS = [
     "-O1",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
+    "-fPIC",
     "-fsanitize=undefined",
     "-fno-sanitize-recover=all",
     "-DFLATKERN_EMULATE",
@@ -34,8 +35,17 @@ pytestmark = [
 ]
 
 
+def objects_folder(tmp_path_factory) -> Path:
+    """One for all tests, so that each source is compiled once."""
+    folder = tmp_path_factory.getbasetemp() / "emulated"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
     target = folder / f"{source.name}.o"
+    if target.exists():
+        return target
     subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
     return target
 
@@ -43,7 +53,7 @@ def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """One program per test, linked from the kernels' objects."""
-    folder = tmp_path_factory.mktemp("emulated")
+    folder = objects_folder(tmp_path_factory)
     portable = ["-std=c++20", "-O2", "-ffp-contract=off", "-Wno-maybe-uninitialized"]
     jobs = [
         (source, FLAGS) for source in sorted(CUDA.glob("*.cu")) if "residual" not in source.name

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
-from test_cuda_emulated import CPP, CUDA, FLAGS, compile_object
+from test_cuda_emulated import CPP, CUDA, FLAGS, compile_object, objects_folder
 
 from flatkern.ops import _residual
 from flatkern.reference import residual as reference
@@ -36,15 +36,34 @@ PERTURB, PERTURB_RESIDUAL, RESTORE_RESIDUAL = range(3)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("residual")
+    folder = objects_folder(tmp_path_factory)
     names = ("perturb", "residual", "perturb_residual", "restore_residual")
     sources = [CPP / "cuda_residual.cpp", *(CUDA / f"{name}.cu" for name in names)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        flags = [*FLAGS, "-fPIC"]
-        objects = list(pool.map(lambda source: compile_object(source, folder, flags), sources))
+        objects = list(pool.map(lambda source: compile_object(source, folder, FLAGS), sources))
     target = folder / "residual.so"
     subprocess.run(["g++", "-shared", "-fsanitize=undefined", *objects, "-o", target], check=True)
     return ctypes.CDLL(target).run_emulated
+
+
+class Tensor(ctypes.Structure):
+    """A tensor of a launch, as `Tensor` in cpp/cuda_residual.cpp."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "rows", "cols", "stride")),
+        ("row_scale", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("elementwise", "row_offset", "col_offset")),
+        ("residual", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("implementation", ctypes.c_uint64),
+    )
+
+
+def run(library, op, tensors, launches, *, backwards=False):
+    """Launch the kernels for `tensors`; they must take so many launches."""
+    assert library(op, backwards, (Tensor * len(tensors))(*tensors), len(tensors), launches) == 0
 
 
 class Window:
@@ -63,26 +82,30 @@ class Window:
         self.residual[layout.pool_begin :] = 0xA5
         _residual.create(self.residual, _residual.new_header(weight, words))
 
-    def run(self, op, weight=None, **changed):
+    def tensor(self, weight=None, **changed):
+        """The tensor of a launch; it points into what this window and `changed` hold."""
         weight = self.weight if weight is None else weight
         arguments = {"row_scale": self.scale, "key": self.key, **self.where, **changed}
-        integer = ctypes.c_int64
-        failures = self.library(
-            op,
-            self.reversed,
-            ctypes.c_void_p(weight.data_ptr()),
+        return Tensor(
+            weight.data_ptr(),
             DTYPES.index(weight.dtype),
-            *map(integer, (*weight.shape, weight.stride(0))),
-            ctypes.c_void_p(arguments["row_scale"].data_ptr()),
-            ctypes.c_void_p(arguments["key"].data_ptr()),
+            *weight.shape,
+            weight.stride(0),
+            arguments["row_scale"].data_ptr(),
+            arguments["key"].data_ptr(),
             arguments["elementwise"],
-            integer(arguments["row_offset"]),
-            integer(arguments["col_offset"]),
-            ctypes.c_void_p(self.residual.data_ptr()),
-            integer(self.residual.numel()),
-            ctypes.c_uint64(changed.get("implementation", self.implementation)),
+            arguments["row_offset"],
+            arguments["col_offset"],
+            self.residual.data_ptr(),
+            self.residual.numel(),
+            changed.get("implementation", self.implementation),
         )
-        assert failures == 0
+
+    def run(self, op, weight=None, **changed):
+        # The kernel of the header has something to do for a weight that is empty, too.
+        launches = (op != PERTURB) + (self.weight.numel() != 0)
+        tensor = self.tensor(weight, **changed)
+        run(self.library, op, [tensor], launches, backwards=self.reversed)
 
     def perturb(self, **changed):
         self.run(PERTURB_RESIDUAL, **changed)
@@ -184,7 +207,7 @@ def wild(shape, dtype):
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
-@pytest.mark.parametrize("cols", [4096, 4097, 336])
+@pytest.mark.parametrize("cols", [4096, 1001, 336])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_bits_and_any_scale(library, dtype, cols, elementwise):
     values = [0.05, 1.0, 0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, 3e-39, 1e-30, 2e37, 300]
@@ -215,6 +238,49 @@ def test_every_mode(library):
         weight[0, 77] = weight[0, 77].nextafter(torch.tensor(9.0))
         assert assert_exact(Window(library, weight, scales(weight))).modes == [PACKED, GRID]
     assert found == {(dtype, mode) for dtype in DTYPES for mode in (PACKED, RAW)}
+
+
+def windows_of_a_model(library):
+    """More tensors of one form than a table holds, and others of all forms."""
+    windows = []
+    for index in range(64):
+        form = max(0, index - 40)
+        dtype, shape = DTYPES[form // 2 % 3], (index % 5, (16, 7, 16, 40)[form // 6])
+        weight = gaussian((3, 4112) if index == 11 else shape, dtype)
+        where = {"elementwise": form % 2 == 1, "row_offset": 10 * index}
+        window = Window(library, weight, scales(weight, 0.02), **where)
+        window.key = torch.tensor((3, 14, 15, index))
+        windows.append(window)
+    return windows
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_many_tensors_share_launches(library, backwards):
+    one_by_one, together = windows_of_a_model(library), windows_of_a_model(library)
+    clean = [window.weight.clone() for window in together]
+    for window in one_by_one:
+        window.perturb()
+    tensors = [window.tensor() for window in together]
+    # The headers take three tables; the chunks two of the first form, one of the eleven others.
+    run(library, PERTURB_RESIDUAL, tensors, 3 + 13, backwards=backwards)
+    for window, alone in zip(together, one_by_one, strict=True):
+        window.check()
+        tolerances.assert_same_bits(window.weight, alone.weight)
+        tolerances.assert_same_bits(window.residual, alone.residual)
+    # One that is refused keeps its own tensor alone.
+    refused = 11
+    noisy, key = together[refused].weight.clone(), torch.tensor((1, 2, 3, 4))
+    tensors[refused] = together[refused].tensor(key=key)
+    run(library, RESTORE_RESIDUAL, tensors, 3 + 13, backwards=backwards)
+    for index, window in enumerate(together):
+        if index == refused:
+            with pytest.raises(RuntimeError, match="filled with seed, step, draw, tensor other"):
+                window.check()
+            tolerances.assert_same_bits(window.weight, noisy)
+        else:
+            window.check()
+            assert window.header().state == _residual.EMPTY
+            tolerances.assert_same_bits(window.weight, clean[index])
 
 
 @pytest.mark.parametrize("missing", [0, 1, None])

@@ -66,6 +66,40 @@ def test_a_graph_replays_with_the_noise_of_the_key_in_its_tensor(backend, dtype)
             assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_graph_of_a_training_step_sees_each_windows_noise(backend, autocast):
+    torch.manual_seed(0)
+    layers = [flatkern.nn.LoRALinear(96, 96, device="cuda", dtype=torch.float32) for _ in range(2)]
+    model = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1])
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(40, 96, device="cuda")
+    noise = flatkern.WeightNoise(model, 0.3)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            loss = model(x).float().square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), noise.window(step=0):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with noise.window(step=0), torch.cuda.graph(graph):
+        captured = step()
+    losses = set()
+    for number in (7, 8):
+        with noise.window(step=number):
+            graph.replay()
+            for got, expected in zip(captured, step(), strict=True):
+                assert_same_bits(got, expected)
+            losses.add(captured[0].item())
+    assert len(losses) == 2
+
+
 def test_nothing_synchronises(backend):
     arguments = problem()
     all_ops(*arguments)
@@ -284,3 +318,48 @@ def test_auto_takes_the_compiled_kernels():
     usable = flatkern.available_backends("cuda")
     assert info["auto"]["cuda"] == usable[0]
     assert usable[0] in ("cuda", "triton"), info["backends"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 100, 256, 300])
+@pytest.mark.parametrize(("rows", "cols", "offset"), [(4096, 512, 0), (300, 523, 3)])
+def test_products_that_make_their_noise(dtype, tokens, rows, cols, offset):
+    if "triton" not in flatkern.available_backends("cuda"):
+        pytest.skip("triton is not usable here")
+    kernels = pytest.importorskip("flatkern.triton")
+    weight, _, _, scale, key = problem(rows, cols, dtype)
+    options = {"row_offset": 5, "col_offset": offset}
+    noisy = kernels.perturb(weight, scale, key, **options)
+    # Tensor cores add exact products in float32, in an order of their own.
+    units = torch.eye(cols, dtype=dtype, device="cuda")[:tokens]
+    y = kernels.noisy_linear(units, weight, scale, key, **options)
+    assert torch.equal(y, noisy.t()[:tokens])
+    for op, length, matrix in (
+        (kernels.noisy_linear, cols, noisy.t()),
+        (kernels.noisy_linear_grad_x, rows, noisy),
+    ):
+        x = torch.randn(tokens, length, device="cuda").to(dtype)
+        got = op(x, weight, scale, key, **options)
+        exact, size = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
+        bound = torch.finfo(dtype).eps * exact.abs() + (length + 2) * 2.0**-24 * size
+        assert ((got.double() - exact).abs() <= bound).all()
+        assert torch.equal(op(x, weight, scale, key, **options), got), "sums have one order"
+
+
+def test_few_tokens_take_the_fused_product(monkeypatch):
+    if "triton" not in flatkern.available_backends("cuda"):
+        pytest.skip("triton is not usable here")
+    kernels = pytest.importorskip("flatkern.triton")
+    called = []
+    for name in ("noisy_linear", "noisy_linear_grad_x"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels,
+            name,
+            lambda *a, name=name, kernel=kernel, **k: called.append(name) or kernel(*a, **k),
+        )
+    monkeypatch.setattr("flatkern.ops._noisy_linear.choose", lambda *a, **k: "fused")
+    weight, lora_A, lora_B, scale, key = problem()
+    with flatkern.backend("triton"):
+        all_ops(weight, lora_A, lora_B, scale, key)
+    assert called == ["noisy_linear", "noisy_linear_grad_x"]

@@ -12,7 +12,7 @@ if not (ROOT / "bench").is_dir():
 pytest.importorskip("tabulate")
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu, gpu_table  # noqa: E402
+from bench import gpu, gpu_table, step  # noqa: E402
 from bench.gpu_ops import Cell, plan  # noqa: E402
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -39,12 +39,13 @@ def test_rehearsal():
     table = run.stdout[run.stdout.index("## Ops") :]
     for cell in plan(rehearse=True):
         assert cell.op.split()[0] in table
-    ops, linear, claims, parts = table.split("\n## ")
+    ops, linear, steps, claims, parts = table.split("\n## ")
     for line in ops.splitlines()[4:]:
         columns = [column.strip() for column in line.split("|")[1:-1]]
         # Predictions apart, nothing but names and what was not run.
         assert set(columns[5:]) <= {"not run", ""}, line
     assert "not run" in linear
+    assert "not run" in steps
     assert "| tests " in parts
     assert "failed" not in claims + parts.replace("0 failed", "")
 
@@ -102,7 +103,10 @@ def test_noisy_linear_beside_its_predictions():
     slow = Cell("noisy_linear backward", 11008, 4096, "bfloat16", "triton", 512)
     results[slow] = {"status": "ok", "seconds": 60e-6}
     got = row(gpu_table.linear_table(results), "11008x4096", "512", "backward")
-    assert got == ["77", "30.0", "+142 %", "+0%", "+100%"]
+    assert got == ["77", "30.0", "+142 %", "", "+0%", "+100%"]
+    # 27.5 us of the model in flatkern.ops._cost, over 3 + 12.4 of a product that reads the weight.
+    got = row(gpu_table.linear_table(results), "4096x4096", "64", "forward")
+    assert got[3] == "+78%"
 
 
 def test_judges(tmp_path):
@@ -135,3 +139,30 @@ def test_parts_are_named_whatever_becomes_of_them():
     assert got["is absent"][0] == "failed"
     assert got["works"] == ("ok", "")
     assert got["late"] == ("not run", "no time left")
+
+
+def test_predicted_steps():
+    # A block of 202 million weights; 10 bytes an element at 2.7 TB/s over 4 x 2048 operations at
+    # 770 TFLOP/s in a step of one micro-batch, and 12 + 2 bytes over 16 times that.
+    one, sixteen = (step.Case("block 4096/11008", "bfloat16", 2048, count) for count in (1, 16))
+    assert step.predicted(one, "virtual") == pytest.approx(1.348, abs=1e-3)
+    assert step.predicted(sixteen, "inplace") == pytest.approx(1.0305, abs=1e-4)
+    assert step.predicted(step.Case("MiniLM", "float32", 128, 1), "virtual") is None
+    assert step.predicted(one, "published") is None
+
+
+def test_steps_beside_their_predictions():
+    case = step.Case("block 4096/11008", "bfloat16", 2048, 1)
+    factor = {"lora": 1, "virtual": 1.5, "inplace": 2, "published": 10}
+    found = {
+        arm: {"seconds": 1e-3 * f, "core_seconds": 2e-3 * f**2, "peak_bytes": f * 2**20}
+        for arm, f in factor.items()
+    }
+    memory = ["1.0", "1.5", "2.0", "10.0"]
+    start = ["block 4096/11008", "bfloat16", "2048", "1"]
+    cuda = row(step.table({case: found}, "cuda"), *start)
+    assert cuda == ["1.0", "1.50", "2.00", "10.00", "1.35", "1.49", *memory]
+    cpu = row(step.table({case: found}, "cpu"), *start)
+    assert cpu == ["1.0", "1.50 (2.25)", "2.00 (4.00)", "10.00 (100.00)", *memory]
+    blank = row(step.table({case: {}}, "cuda"), *start)
+    assert blank == [""] * 4 + ["1.35", "1.49"] + [""] * 4

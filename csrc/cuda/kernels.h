@@ -52,12 +52,13 @@ struct PerturbMergedArgs {
 
 struct ResidualArgs {
   PerturbArgs perturb;  // in place: out is what is read and written
-  Chunks chunks;
   ResidualHeader* header;
   uint32_t* directory;  // [chunks]
   uint32_t* pool;       // [capacity]
   uint64_t capacity;
   uint64_t implementation;
+
+  FLATKERN_HD Chunks chunks() const { return {perturb.window.rows, perturb.window.cols}; }
 };
 
 void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream);
@@ -70,8 +71,11 @@ void launch_row_norm(const std::vector<RowNormArgs>& tensors, int sm_count, cuda
 
 // One kernel where a row fits a block's registers, two beyond; the same bits either way.
 void launch_perturb_merged(const PerturbMergedArgs& args, int sm_count, cudaStream_t stream);
-// What the header does not allow writes nothing and leaves its reason there.
-void launch_perturb_residual(const ResidualArgs& args, int sm_count, cudaStream_t stream);
-void launch_restore_residual(const ResidualArgs& args, int sm_count, cudaStream_t stream);
+// Several tensors, which share neither weights nor residuals. What a header does not allow writes
+// nothing to its tensor and leaves its reason there.
+void launch_perturb_residual(const std::vector<ResidualArgs>& tensors, int sm_count,
+                             cudaStream_t stream);
+void launch_restore_residual(const std::vector<ResidualArgs>& tensors, int sm_count,
+                             cudaStream_t stream);
 
 }  // namespace flatkern::cuda

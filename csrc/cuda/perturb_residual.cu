@@ -86,19 +86,22 @@ __device__ __forceinline__ void put_list(uint32_t* to, const Packed<T>& weight, 
 
 // Vector: see Tile.
 template <class T, bool Elementwise, bool Vector>
-__global__ void __launch_bounds__(kChunkThreads) perturb_residual_kernel(ResidualArgs args) {
+__global__ void __launch_bounds__(kChunkThreads)
+    perturb_residual_kernel(const __grid_constant__ Table<ResidualArgs> table) {
   // float32 has no bits to spare for elementwise noise: raw.
   constexpr bool kPacks = !(Elementwise && sizeof(T) == 4);
   alignas(16) __shared__ uint32_t stream[kStreamRoom];
   __shared__ uint32_t totals[kChunkWarps], checks[kChunkWarps], others[kChunkWarps];
-  __shared__ uint32_t place;
+  __shared__ uint32_t entry;
   __shared__ Staged<Vector> staged;
+  const Place place = place_of(table, blockIdx.x);
+  const ResidualArgs& args = table.tensors[place.tensor];
   if (args.header->refused != 0) return;
   static_assert(kStreamRoom == 4 * (kChunkThreads + 1));
   reinterpret_cast<Bits128*>(stream)[threadIdx.x] = {};
   if (threadIdx.x == 0) reinterpret_cast<Bits128*>(stream)[kChunkThreads] = {};
 
-  const ChunkSpan span = args.chunks.span(blockIdx.x);
+  const ChunkSpan span = args.chunks().span(place.block);
   const Tile<T, Vector> tile(args.perturb, span, &staged);
   Packed<T> weight[kThreadVectors], noisy[kThreadVectors];
 #pragma unroll
@@ -154,12 +157,12 @@ __global__ void __launch_bounds__(kChunkThreads) perturb_residual_kernel(Residua
     const uint64_t offset = atomicAdd(reinterpret_cast<unsigned long long*>(&args.header->asked),
                                       static_cast<unsigned long long>(words));
     const bool fits = offset + words <= args.capacity && offset < kMaxPayloadOffset;
-    place = static_cast<uint32_t>(offset) << 2 | static_cast<uint32_t>(mode);
+    entry = static_cast<uint32_t>(offset) << 2 | static_cast<uint32_t>(mode);
     if (!fits) {
-      place = 0;
+      entry = 0;
       atomicAdd(&args.header->clean, 1u);
     }
-    args.directory[blockIdx.x] = place;
+    args.directory[place.block] = entry;
   }
   if (mode == ChunkMode::kPacked) {
     uint32_t at = packed.before & 0xFFFFu;
@@ -171,8 +174,8 @@ __global__ void __launch_bounds__(kChunkThreads) perturb_residual_kernel(Residua
   }
   __syncthreads();
   // No room: the chunk is not perturbed. No mode that takes room is 0.
-  if (place == 0) return;
-  uint32_t* payload = args.pool + (place >> 2);
+  if (entry == 0) return;
+  uint32_t* payload = args.pool + (entry >> 2);
   if (mode == ChunkMode::kRaw) {
     if (threadIdx.x == 0) payload[0] = sum_of(checks) * kCheckMultiplier;
     constexpr uint32_t kWords = kVector * sizeof(T) / 4;
@@ -200,31 +203,12 @@ __global__ void __launch_bounds__(kChunkThreads) perturb_residual_kernel(Residua
   tile.store(noisy);
 }
 
-template <class T>
-static void launch_as(const ResidualArgs& args, int blocks, cudaStream_t stream) {
-  const bool elementwise = args.perturb.elementwise;
-  if (takes_vectors(args.perturb)) {
-    if (elementwise) {
-      FLATKERN_LAUNCH((perturb_residual_kernel<T, true, true>), blocks, kChunkThreads, stream,
-                      args);
-    } else {
-      FLATKERN_LAUNCH((perturb_residual_kernel<T, false, true>), blocks, kChunkThreads, stream,
-                      args);
-    }
-  } else if (elementwise) {
-    FLATKERN_LAUNCH((perturb_residual_kernel<T, true, false>), blocks, kChunkThreads, stream, args);
-  } else {
-    FLATKERN_LAUNCH((perturb_residual_kernel<T, false, false>), blocks, kChunkThreads, stream,
-                    args);
-  }
-}
-
-void launch_perturb_residual(const ResidualArgs& args, int, cudaStream_t stream) {
-  launch_residual_begin(args, false, stream);
-  const int64_t chunks = args.chunks.count();
-  if (chunks == 0) return;
-  with_type(args.perturb.weight_dtype, [&](auto weight) {
-    launch_as<decltype(weight)>(args, static_cast<int>(chunks), stream);
+void launch_perturb_residual(const std::vector<ResidualArgs>& tensors, int, cudaStream_t stream) {
+  launch_residual_begin(tensors, false, stream);
+  launch_chunks(tensors, [&](const auto& table, auto weight, auto elementwise, auto vector) {
+    FLATKERN_LAUNCH((perturb_residual_kernel<decltype(weight), decltype(elementwise)::value,
+                                             decltype(vector)::value>),
+                    static_cast<int>(table.blocks()), kChunkThreads, stream, table);
   });
 }
 

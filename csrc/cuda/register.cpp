@@ -35,14 +35,18 @@ uint64_t implementation_of(const cudaDeviceProp& device) {
   return hash;
 }
 
-void launch_residual(void (*launcher)(const ResidualArgs&, int, cudaStream_t),
-                     const PerturbArgs& perturb, const at::Tensor& residual) {
-  const Chunks chunks{perturb.window.rows, perturb.window.cols};
-  const ResidualParts parts = parts_of(residual, chunks);
-  const auto* device = at::cuda::getDeviceProperties(residual.get_device());
-  launch(residual, launcher,
-         ResidualArgs{perturb, chunks, parts.header, parts.directory, parts.pool, parts.capacity,
-                      implementation_of(*device)});
+std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors,
+                                         at::TensorList residuals) {
+  const uint64_t implementation =
+      implementation_of(*at::cuda::getDeviceProperties(residuals[0].get_device()));
+  std::vector<ResidualArgs> all;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const PerturbArgs& perturb = tensors[i];
+    const ResidualParts parts = parts_of(residuals[i], {perturb.window.rows, perturb.window.cols});
+    all.push_back(
+        {perturb, parts.header, parts.directory, parts.pool, parts.capacity, implementation});
+  }
+  return all;
 }
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
@@ -69,14 +73,10 @@ struct Backend {
     launch(out, launch_restore, tensors);
   }
   static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      launch_residual(launch_perturb_residual, tensors[i], residuals[i]);
-    }
+    launch(residuals[0], launch_perturb_residual, with_residuals(tensors, residuals));
   }
   static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      launch_residual(launch_restore_residual, tensors[i], residuals[i]);
-    }
+    launch(residuals[0], launch_restore_residual, with_residuals(tensors, residuals));
   }
   static void row_norm(const at::Tensor& norm, std::vector<RowNormArgs> tensors) {
     for (RowNormArgs& args : tensors) args.relative_scale = 1.0f;

@@ -32,11 +32,12 @@ FLATKERN_HD uint32_t refusal_of(const ResidualHeader& now, const ResidualHeader&
          differs(now.row_scale == then.row_scale, kOtherRowScale);
 }
 
-// One block: summing up the row scale takes longest. A restored residual counts as empty until a
-// chunk says that it was refused.
+// A block a tensor: summing up the row scale takes longest. A restored residual counts as empty
+// until a chunk says that it was refused.
 __global__ void __launch_bounds__(kBeginThreads)
-    perturb_residual_begin_kernel(ResidualArgs args, bool restore) {
+    perturb_residual_begin_kernel(const __grid_constant__ Table<ResidualArgs> table, bool restore) {
   __shared__ uint64_t partial[kBeginThreads];
+  const ResidualArgs& args = table.tensors[blockIdx.x];
   const PerturbArgs& perturb = args.perturb;
   const Window& window = perturb.window;
   uint64_t sum = 0;
@@ -80,8 +81,13 @@ __global__ void __launch_bounds__(kBeginThreads)
   }
 }
 
-void launch_residual_begin(const ResidualArgs& args, bool restore, cudaStream_t stream) {
-  FLATKERN_LAUNCH(perturb_residual_begin_kernel, 1, kBeginThreads, stream, args, restore);
+void launch_residual_begin(const std::vector<ResidualArgs>& tensors, bool restore,
+                           cudaStream_t stream) {
+  const auto one = [](const ResidualArgs&) { return 1u; };
+  for (const Table<ResidualArgs>& table : tables_of(tensors, one, one)) {
+    FLATKERN_LAUNCH(perturb_residual_begin_kernel, static_cast<int>(table.count), kBeginThreads,
+                    stream, table, restore);
+  }
 }
 
 }  // namespace flatkern::cuda

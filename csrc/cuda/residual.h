@@ -2,6 +2,9 @@
 // the block.
 #pragma once
 
+#include <tuple>
+#include <type_traits>
+
 #include "bracket.h"
 #include "perturb.h"
 
@@ -254,13 +257,41 @@ struct Tile {
   }
 };
 
-// Decides, ahead of the chunks' kernel, whether it may write anything.
-void launch_residual_begin(const ResidualArgs& args, bool restore, cudaStream_t stream);
+// Decides, ahead of the chunks' kernels, which tensors they may write.
+void launch_residual_begin(const std::vector<ResidualArgs>& tensors, bool restore,
+                           cudaStream_t stream);
 
 // How the kernels read a weight's rows.
 inline bool takes_vectors(const PerturbArgs& args) {
   return is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
          args.window.col_offset % 4 == 0 && args.window.cols % kThreadElements == 0;
+}
+
+template <class F>
+void with_flag(bool flag, const F& f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// The chunks of `tensors`: launch(table, weight type, elementwise, vector) for every kernel that
+// they take, a block a chunk.
+template <class Launch>
+void launch_chunks(const std::vector<ResidualArgs>& tensors, const Launch& launch) {
+  const auto kernel = [](const ResidualArgs& args) {
+    const PerturbArgs& perturb = args.perturb;
+    return std::tuple(perturb.weight_dtype, perturb.elementwise, takes_vectors(perturb));
+  };
+  const auto chunks = [](const ResidualArgs& args) {
+    return static_cast<uint32_t>(args.chunks().count());
+  };
+  for (const Table<ResidualArgs>& table : tables_of(tensors, kernel, chunks)) {
+    const PerturbArgs& first = table.tensors[0].perturb;
+    with_type(first.weight_dtype, [&](auto weight) {
+      with_flag(first.elementwise, [&](auto elementwise) {
+        with_flag(takes_vectors(first),
+                  [&](auto vector) { launch(table, weight, elementwise, vector); });
+      });
+    });
+  }
 }
 
 }  // namespace flatkern::cuda

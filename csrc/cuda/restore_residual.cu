@@ -92,13 +92,16 @@ FLATKERN_HD Payload read_payload(const uint32_t* words, uint64_t room, ChunkMode
 
 // Vector: see Tile.
 template <class T, bool Elementwise, bool Vector>
-__global__ void __launch_bounds__(kChunkThreads) restore_residual_kernel(ResidualArgs args) {
+__global__ void __launch_bounds__(kChunkThreads)
+    restore_residual_kernel(const __grid_constant__ Table<ResidualArgs> table) {
   constexpr bool kPacks = !(Elementwise && sizeof(T) == 4);
   __shared__ uint32_t stream[kStreamRoom];
   __shared__ uint32_t totals[kChunkWarps], checks[kChunkWarps];
   __shared__ Staged<Vector> staged;
+  const Place place = place_of(table, blockIdx.x);
+  const ResidualArgs& args = table.tensors[place.tensor];
   if (args.header->refused != 0) return;
-  const uint32_t entry = args.directory[blockIdx.x], offset = entry >> 2;
+  const uint32_t entry = args.directory[place.block], offset = entry >> 2;
   const ChunkMode mode = static_cast<ChunkMode>(entry & 3u);
   if (mode == ChunkMode::kClean) return;
   const auto refuse = [&] {
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(kChunkThreads) restore_residual_kernel(Residua
     atomicAdd(&args.header->mismatched, 1u);
     args.header->state = kFilled;
   };
-  const ChunkSpan span = args.chunks.span(blockIdx.x);
+  const ChunkSpan span = args.chunks().span(place.block);
   const Payload payload = read_payload<T, kPacks>(
       args.pool + offset, offset < args.capacity ? args.capacity - offset : 0, mode,
       static_cast<uint32_t>(span.count()));
@@ -174,34 +177,15 @@ __global__ void __launch_bounds__(kChunkThreads) restore_residual_kernel(Residua
     }
   }
   // Restored: a second try, after other chunks were refused, goes on from here.
-  if (threadIdx.x == 0) args.directory[blockIdx.x] = 0;
+  if (threadIdx.x == 0) args.directory[place.block] = 0;
 }
 
-template <class T>
-static void launch_as(const ResidualArgs& args, int blocks, cudaStream_t stream) {
-  const bool elementwise = args.perturb.elementwise;
-  if (takes_vectors(args.perturb)) {
-    if (elementwise) {
-      FLATKERN_LAUNCH((restore_residual_kernel<T, true, true>), blocks, kChunkThreads, stream,
-                      args);
-    } else {
-      FLATKERN_LAUNCH((restore_residual_kernel<T, false, true>), blocks, kChunkThreads, stream,
-                      args);
-    }
-  } else if (elementwise) {
-    FLATKERN_LAUNCH((restore_residual_kernel<T, true, false>), blocks, kChunkThreads, stream, args);
-  } else {
-    FLATKERN_LAUNCH((restore_residual_kernel<T, false, false>), blocks, kChunkThreads, stream,
-                    args);
-  }
-}
-
-void launch_restore_residual(const ResidualArgs& args, int, cudaStream_t stream) {
-  launch_residual_begin(args, true, stream);
-  const int64_t chunks = args.chunks.count();
-  if (chunks == 0) return;
-  with_type(args.perturb.weight_dtype, [&](auto weight) {
-    launch_as<decltype(weight)>(args, static_cast<int>(chunks), stream);
+void launch_restore_residual(const std::vector<ResidualArgs>& tensors, int, cudaStream_t stream) {
+  launch_residual_begin(tensors, true, stream);
+  launch_chunks(tensors, [&](const auto& table, auto weight, auto elementwise, auto vector) {
+    FLATKERN_LAUNCH((restore_residual_kernel<decltype(weight), decltype(elementwise)::value,
+                                             decltype(vector)::value>),
+                    static_cast<int>(table.blocks()), kChunkThreads, stream, table);
   });
 }
 

@@ -66,7 +66,8 @@ def choose(
 
     tried = [attempt(Recipe("LoRA", lr)) for lr in LRS]
     lr = setting.lr
-    sigma = best([attempt(Recipe("Flat-LoRA", lr, sigma=sigma)) for sigma in SIGMAS]).sigma
+    noisy = [Recipe("Flat-LoRA", lr, sigma=sigma, method="FlatLoRA") for sigma in SIGMAS]
+    sigma = best([attempt(recipe) for recipe in noisy]).sigma
     dropout = best(
         [attempt(Recipe("LoRA + dropout", lr, dropout=dropout)) for dropout in DROPOUTS]
     ).dropout

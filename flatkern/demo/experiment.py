@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 import statistics
 import time
@@ -64,17 +65,17 @@ def build(top: nn.Module, features: int, recipe: Recipe, seed: int) -> TopLayers
     return model.to(next(top.parameters()).device)
 
 
-def make_method(
-    model: nn.Module, recipe: Recipe, seed: int
-) -> flatkern.methods.LoRA | flatkern.methods.FlatLoRA:
+def make_method(model: nn.Module, recipe: Recipe, seed: int) -> flatkern.methods.Method:
     """The training method of a recipe, with AdamW over everything that is trainable."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe.lr)
-    if recipe.sigma == 0:
-        return flatkern.methods.LoRA(model, optimizer)
-    return flatkern.methods.FlatLoRA(
-        model, optimizer, sigma=recipe.sigma, schedule=flatkern.constant(), seed=seed
-    )
+    method = getattr(flatkern.methods, recipe.method)
+    options = dict(recipe.options)
+    if recipe.sigma:
+        options["sigma"] = recipe.sigma
+    if "seed" in inspect.signature(method).parameters:
+        options["seed"] = seed
+    return method(model, optimizer, **options)
 
 
 def train_epochs(

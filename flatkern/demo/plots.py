@@ -18,6 +18,11 @@ STYLES = {
     "Flat-LoRA": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "LoRA + dropout": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
+# Of other arms, in order: ten colours, then the same dashed.
+OTHERS = [
+    {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10], "marker": "."}
+    for number in range(20)
+]
 WIDTH, HEIGHT, DPI = 4.6, 3.4, 130  # of one panel, in inches
 
 
@@ -70,13 +75,15 @@ def _line(axis: Axes, arm: str, x: list[float], values: np.ndarray | list[np.nda
     """Mean of values [point][sample] with a band of one standard deviation."""
     mean = np.array([np.mean(samples) for samples in values])
     deviation = np.array([np.std(samples, ddof=1) if len(samples) > 1 else 0 for samples in values])
-    style = STYLES[arm]
+    style = STYLES.get(arm) or OTHERS[len(axis.lines) % len(OTHERS)]
     axis.plot(x, mean, label=arm, markersize=4, linewidth=1.6, **style)
     axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
 
 
 def _legend(axis: Axes, title: str) -> None:
-    axis.legend(frameon=False, title=title, alignment="left")
+    many = len(axis.lines) > len(STYLES)
+    options = {"ncols": 2, "fontsize": "xx-small", "title_fontsize": "xx-small"} if many else {}
+    axis.legend(frameon=False, title=title, alignment="left", **options)
 
 
 def _seeds(runs: list[Run]) -> str:

@@ -24,6 +24,7 @@ HEADERS = (
     "peak extra\nMiB",
     "frozen weights\nchanged",
 )
+COST_RADIUS = 0.4
 LIMITS = (
     "One small model, one task, {sets} of {count} sentences: this says nothing of a gain elsewhere."
 )
@@ -67,6 +68,35 @@ def table(runs: list[Run], tablefmt: str = "simple") -> str:
             )
         )
     headers = HEADERS if tablefmt == "simple" else [text.replace("\n", " ") for text in HEADERS]
+    return tabulate(rows, headers, tablefmt, disable_numparse=True)
+
+
+def costs(runs: list[Run], tablefmt: str = "simple") -> str:
+    """Per setting and arm: how steep its minimum is, and its time and memory beside LoRA's."""
+    rows = []
+    groups = grouped(runs)
+    radius = experiment.RADII.index(COST_RADIUS)
+    for (setting, arm), group in groups.items():
+        plain = groups[setting, "LoRA"]
+        rises = [statistics.mean(run.radius_loss[radius]) - run.radius_loss[0][0] for run in group]
+        # Within a seed the arms ran one after the other: the ratio is theirs, not the machine's.
+        times = [
+            run.seconds_per_step / base.seconds_per_step
+            for run, base in zip(group, plain, strict=True)
+        ]
+        memory = max(run.peak_extra_bytes for run in group)
+        base_memory = max(run.peak_extra_bytes for run in plain)
+        rows.append(
+            (
+                setting,
+                arm,
+                spread(rises, 3),
+                f"{statistics.median(times):.2f}",
+                f"{memory / base_memory:.2f}" if base_memory else "",
+            )
+        )
+    rise = f"train loss + at radius {COST_RADIUS}"
+    headers = ("labels", "arm", rise, "time x LoRA", "memory x LoRA")
     return tabulate(rows, headers, tablefmt, disable_numparse=True)
 
 
@@ -159,7 +189,7 @@ def write_results(
     markdown = folder / "results.md"
     markdown.write_text(
         f"`{command}` ({minutes}, {versions()['machine']}, torch {torch.__version__})\n\n"
-        f"{table(runs, 'github')}\n\n{summary(runs)}\n",
+        f"{table(runs, 'github')}\n\n{costs(runs, 'github')}\n\n{summary(runs)}\n",
         encoding="utf-8",
     )
     record = {

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from flatkern.demo import DemoError, choose, data, experiment, model, plots, report, settings
 from flatkern.demo.model import Encoded
-from flatkern.demo.settings import SETTINGS, Setting
+from flatkern.demo.settings import SETTINGS, Recipe, Setting
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,14 @@ def _compare(arguments: argparse.Namespace, start: float) -> int:
         setting if arguments.full else replace(setting, epochs=setting.quick_epochs)
         for setting in SETTINGS
     ]
+    recipes = {setting.name: _recipes(setting, arguments.methods) for setting in used}
     task = prepare(tuple(range(count)), arguments.device, choosing=False)
     runs = []
-    total = count * sum(len(setting.recipes()) * steps(setting) for setting in used)
+    total = count * sum(len(recipes[setting.name]) * steps(setting) for setting in used)
     with tqdm(total=total, unit="step", disable=None) as bar:
         for setting in used:
             for seed in range(count):
-                for recipe in setting.recipes():
+                for recipe in recipes[setting.name]:
                     bar.set_description(f"{setting.name}, seed {seed}, {recipe.arm}")
                     result = experiment.run(
                         task.top,
@@ -124,12 +126,16 @@ def _compare(arguments: argparse.Namespace, start: float) -> int:
     for name, plot in (("radius.png", plots.plot_radius), ("curves.png", plots.plot_curves)):
         plot(runs, arguments.out / name)
         paths.append(arguments.out / name)
-    print(f"{report.table(runs)}\n\n{report.summary(runs)}\n")
+    print(f"{report.table(runs)}\n\n{report.costs(runs)}\n\n{report.summary(runs)}\n")
     _print_paths(paths, seconds)
     changed = sum(run.weights_changed for run in runs)
     if changed:
         print(f"ERROR: {changed} frozen weights do not have the bits they had before training")
     return 1 if changed else 0
+
+
+def _recipes(setting: Setting, methods: tuple[str, ...] | None) -> tuple[Recipe, ...]:
+    return setting.recipes() if methods is None else setting.method_recipes(methods)
 
 
 def _choose(arguments: argparse.Namespace, start: float) -> int:
@@ -157,6 +163,8 @@ def _choose(arguments: argparse.Namespace, start: float) -> int:
 def _command(arguments: argparse.Namespace) -> str:
     words = ["flatkern demo"]
     words += [f"--{flag}" for flag in ("full", "choose") if getattr(arguments, flag)]
+    if arguments.methods is not None:
+        words.append(f"--methods {shlex.quote(','.join(arguments.methods))}")
     for option in ("seeds", "threads"):
         if (value := getattr(arguments, option)) is not None:
             words.append(f"--{option} {value}")

@@ -1,6 +1,7 @@
 """What is compared: label settings, arms, and the values chosen on the validation split."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 TRAINING_SENTENCES = 256
 VALIDATION_SENTENCES = 2000
@@ -10,14 +11,39 @@ QUICK_SEEDS, FULL_SEEDS = 2, 5
 LR = 5e-4
 
 
+# Arm: method and options, the defaults or what docs/methods.md says of adapters.
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "Flat-LoRA": ("FlatLoRA", {}),
+    "RWP": ("RWP", {}),
+    "m-RWP": ("MixedRWP", {}),
+    "ARWP": ("ARWP", {}),
+    "mARWP": ("MixedRWP", {"strategy": "fisher", "sigma": 0.015}),
+    "LPF-SGD": ("LPFSGD", {"sigma": 2e-3}),
+    "SAM": ("SAM", {}),
+    "SAM-W": ("SAM", {"scope": "merged"}),
+    "ASAM": ("ASAM", {}),
+    "LoRA-SAM": ("LoRASAM", {}),
+    "nBAR": ("BAR", {}),
+    "oBAR": ("BAR", {"variant": "oBAR"}),
+    "FMLoRA": ("FMLoRA", {}),
+    "EFMLoRA": ("EFMLoRA", {}),
+    "MeZO": ("MeZO", {"mu": 1e-2}),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes one arm from another; sigma 0 is training without noise."""
+    """What distinguishes one arm from another.
+
+    method is a name in `flatkern.methods`; options are its own, beside sigma, which 0 leaves out.
+    """
 
     arm: str
     lr: float
     sigma: float = 0.0
     dropout: float = 0.0
+    method: str = "LoRA"
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,9 +66,21 @@ class Setting:
         """The three arms."""
         return (
             Recipe("LoRA", self.lr),
-            Recipe("Flat-LoRA", self.lr, sigma=self.sigma),
+            Recipe("Flat-LoRA", self.lr, sigma=self.sigma, method="FlatLoRA"),
             Recipe("LoRA + dropout", self.lr, dropout=self.dropout),
         )
+
+    def method_recipes(self, names: Sequence[str]) -> tuple[Recipe, ...]:
+        """Plain LoRA, then the named methods of METHODS, all at one rate and nothing tuned.
+
+        Flat-LoRA alone takes a value of this setting, its sigma.
+        """
+        recipes = [Recipe("LoRA", self.lr)]
+        for name in names:
+            method, options = METHODS[name]
+            sigma = self.sigma if method == "FlatLoRA" else 0.0
+            recipes.append(Recipe(name, self.lr, sigma, method=method, options=options))
+        return tuple(recipes)
 
 
 SETTINGS = (

@@ -86,15 +86,15 @@ class Windowed(Method):
     def noisy_gradient(self, loss_fn: LossFn, batches: Sequence[Any], weight: float = 1.0) -> float:
         """Add `weight` times the mean gradient at w + e to `.grad`; return the mean loss."""
         if self._fisher is None:
-            with self.noise.window():
+            with self.noise.window(micro_batches=len(batches)):
                 return self.mean_gradient(loss_fn, batches, weight)
         trainable = self.trainable()
         before = {name: p.grad for name, p in trainable.items()}
         self.optimizer.zero_grad()
         gradients = {layer: WeightGradient(layer) for layer in self._frozen.values()}
-        with self.noise.window(), recording(gradients):
+        with self.noise.window(micro_batches=len(batches)), recording(gradients):
             loss = self.mean_gradient(loss_fn, batches, weight)
-        factor = weight * float(self.scaled(torch.ones(())))
+        factor = weight * (1.0 if self.scaler is None else self.scaler.get_scale())
         squares = {name: gradients[layer].row_squares() for name, layer in self._frozen.items()}
         for name in self.noise.names:
             if name in trainable and trainable[name].grad is not None:

@@ -2,10 +2,9 @@
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from flatkern.ops.noisy_linear import autocast_dtype
+from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
 
 # The attribute under which a module of another library has its site; a plain object in the
 # module's __dict__, so that no state_dict names it.
@@ -57,7 +56,7 @@ def noisy_product(
 ) -> Tensor:
     """x (W_noisy + s B A)^T + b with the window's noise, in the dtype that nn.Linear would give."""
     dtype = autocast_dtype(x)
-    return torch.ops.flatkern.noisy_linear(
+    return call_noisy_linear(
         # The op returns x's dtype; F.linear would return autocast's.
         x if dtype is None else x.to(dtype),
         weight,

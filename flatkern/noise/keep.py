@@ -141,25 +141,29 @@ class Residual:
     def perturb(kept: list[Kept]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
         ops.foreach_perturb_(*_operands(kept), **_options(kept))
-        headers = _headers(kept)
-        if not headers:
-            return
-        first = next((i for i, header in enumerate(headers) if header.clean), len(kept))
-        for header in headers[:first]:
-            raise_for("perturb_", header)
-        # Those behind the first without room as well: they may overlap it.
-        again = kept[first:]
+        again, storages = [], set()
+        for one, header in zip(kept, _headers(kept), strict=True):
+            storage = one.weight.untyped_storage().data_ptr()
+            short = header is not None and header.clean and not header.refused
+            if header is not None and not short:
+                raise_for("perturb_", header)
+            # Those behind it in its memory as well: they may overlap it.
+            if short or storage in storages:
+                again.append((one, header))
+                storages.add(storage)
         if not again:
             return
-        Residual.restore(again)
-        for one, header in zip(again, headers[first:], strict=True):
-            if header.clean:
+        redone = [one for one, _ in again]
+        Residual.restore(redone)
+        for one, header in again:
+            if header is not None and header.clean:
                 with torch.inference_mode(False):
                     pool_bytes = int(4 * header.asked * _SPARE)
                     one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
-        ops.foreach_perturb_(*_operands(again), **_options(again))
-        for header in _headers(again):
-            raise_for("perturb_", header)
+        ops.foreach_perturb_(*_operands(redone), **_options(redone))
+        for header in _headers(redone):
+            if header is not None:
+                raise_for("perturb_", header)
 
     @staticmethod
     def restore(kept: list[Kept]) -> None:
@@ -169,11 +173,11 @@ class Residual:
         # they refuse.
         by_kernels = in_kernels(kept[0].weight)
         if not by_kernels:
-            states = [header.state for header in _headers(filled)]
-            filled = [one for one, state in zip(filled, states, strict=True) if state == FILLED]
+            pairs = zip(filled, _headers(filled), strict=True)
+            filled = [one for one, header in pairs if header is None or header.state == FILLED]
         ops.foreach_restore_(*_operands(filled), **_options(filled))
         for header in _headers(filled) if by_kernels else ():
-            if header.state == FILLED:
+            if header is not None and header.state == FILLED:
                 raise_for("restore_", header)
 
     def clean(self, one: Kept) -> Tensor:
@@ -202,16 +206,16 @@ def _residuals(kept: list[Kept]) -> list[Tensor]:
     return [one.keeper._residual for one in kept]
 
 
-def _headers(kept: list[Kept]) -> list[Header]:
-    """With one copy to the host for each device; none while a CUDA graph is captured."""
-    if any(_is_capturing(one.weight) for one in kept):
-        return []
-    headers: dict[int, Header] = {}
-    for device in {one.weight.device for one in kept}:
-        here = [i for i, one in enumerate(kept) if one.weight.device == device]
+def _headers(kept: list[Kept]) -> list[Header | None]:
+    """With one copy to the host for each device; None where a CUDA graph is being captured."""
+    headers: list[Header | None] = [None] * len(kept)
+    readable = [i for i, one in enumerate(kept) if not _is_capturing(one.weight)]
+    for device in {kept[i].weight.device for i in readable}:
+        here = [i for i in readable if kept[i].weight.device == device]
         found = read_all([kept[i].keeper._residual for i in here])
-        headers.update(zip(here, found, strict=True))
-    return [headers[i] for i in range(len(kept))]
+        for i, header in zip(here, found, strict=True):
+            headers[i] = header
+    return headers
 
 
 def _is_capturing(weight: Tensor) -> bool:

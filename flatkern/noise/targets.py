@@ -280,7 +280,7 @@ def summarise(targets: list[Target], mode: str) -> str:
         weight = target.weight
         dtype = str(weight.dtype).removeprefix("torch.")
         number = f"tensor {target.number}"
-        own_mode = "virtual" if target.is_virtual(mode) else "inplace"
+        own_mode = mode if target.layers else "inplace"
         rows.append((target.name, dtype, str(list(weight.shape)), number, own_mode))
         elements += weight.numel()
         # float32 [m] and one key of four int64.

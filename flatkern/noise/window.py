@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatkern import _backend
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
+from flatkern.noise.modes import all_writable, best_mode
 from flatkern.noise.schedules import Schedule, constant, factor_at
 from flatkern.noise.scopes import SCOPES, collect
 from flatkern.noise.strategies import STRATEGIES
@@ -19,7 +20,7 @@ from flatkern.noise.targets import allocate, fits, hide, scale, show, summarise
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
-MODES = ("virtual", "inplace")
+MODES = ("virtual", "inplace", "auto")
 RESTORES = ("residual", "snapshot", "host")
 RANKS = ("same", "independent")
 _DRAWS = 2**16
@@ -38,6 +39,7 @@ class _Open:
     step: int
     sigma_t: float
     advances: bool
+    mode: str
     paused: bool = False
 
 
@@ -57,6 +59,9 @@ class WeightNoise:
     - inplace: W is written at open; its exact bits come back at close, from what `restore` names
       (memory: see `summary`, after the first window). Everything that shares the tensor, such as a
       tied embedding, sees the noise too.
+
+    "auto" takes the cheaper one for each window's `micro_batches` (docs/modes.md): in place from
+    three on, where residuals have kernels and nobody else holds the weights.
 
     A window covers forward and backward: a backward after its close raises a RuntimeError (not
     where activation checkpointing recomputes the layers of an in-place window: then nothing of
@@ -91,7 +96,7 @@ class WeightNoise:
                 "origin": every tensor but the adapters; "lora": the adapters; "full": both;
                 "trainable": every trainable parameter. "all": as "merged", and with sigma |w|
                 every vector and embedding.
-            mode: "virtual" or "inplace"; what is not a base weight of LoRALinear layers is
+            mode: "virtual", "inplace" or "auto"; what is not a base weight of LoRALinear layers is
                 always written in place.
             restore: how an in-place window keeps the clean bits. "residual": what the noise takes
                 from each element, 0.15 to 0.3 bits of bfloat16; a module whose weight is noisy
@@ -139,14 +144,16 @@ class WeightNoise:
         self._open: _Open | None = None
 
     @contextlib.contextmanager
-    def window(self, step: int | None = None, draw: int = 0) -> Iterator[None]:
+    def window(
+        self, step: int | None = None, draw: int = 0, micro_batches: int = 1
+    ) -> Iterator[None]:
         """`open`, then `close` on any exit; only an exit without exception advances the step."""
         # Before the try: an error here must not close the window that is open.
         self._require_closed("open")
         # Twice, so that Ctrl-C at any point, this block's own lines included, still restores.
         try:
             try:
-                self.open(step, draw)
+                self.open(step, draw, micro_batches)
                 yield
                 self.close()
             finally:
@@ -154,17 +161,19 @@ class WeightNoise:
         finally:
             self._end()
 
-    def open(self, step: int | None = None, draw: int = 0) -> None:
+    def open(self, step: int | None = None, draw: int = 0, micro_batches: int = 1) -> None:
         """Open a window; on any error nothing is open and the weights are exactly clean.
 
         Args:
             step: 0-based optimizer step in [0, 2^32); None takes the internal counter, which
                 `close` then advances.
             draw: in [0, 2^16), for several draws in one step.
+            micro_batches: how many forward and backward passes will share the window, at least 1;
+                mode "auto" goes by it, nothing else does.
 
         Raises:
-            TypeError, ValueError: `step`, `draw` or what the schedule returned is out of range;
-                a weight that the ops refuse.
+            TypeError, ValueError: `step`, `draw`, `micro_batches` or what the schedule returned is
+                out of range; a weight that the ops refuse.
             RuntimeError: a window is open on these layers, or one of them is merged.
         """
         self._require_closed("open")
@@ -172,18 +181,19 @@ class WeightNoise:
         step = self._next_step if step is None else step
         key = NoiseKey(self._seed, step, self._draw_word(draw))
         sigma_t = self._sigma_at(step)
+        mode = self._mode_for(micro_batches)
         for target in self._targets:
             for layer in target.layers:
                 layer.require_closed(f"open on {target.name}")
                 if layer.merged:
                     raise RuntimeError(f"{_OP}: {target.name} is merged; call unmerge() first")
-        self._open = _Open(step, sigma_t, advances)
+        self._open = _Open(step, sigma_t, advances, mode)
         try:
             self._fill(key, sigma_t)
             for target in self._targets:
                 weight = target.weight
                 target.enter(_backend.resolve(weight.device.type, weight.dtype))
-            show(self._targets, self._mode)
+            show(self._targets, self._open.mode)
         except BaseException:
             self._end()
             raise
@@ -225,7 +235,7 @@ class WeightNoise:
 
     def _resume(self, window: _Open) -> None:
         try:
-            show(self._targets, self._mode)
+            show(self._targets, self._open.mode)
             window.paused = False
         except BaseException:
             self._end()
@@ -283,6 +293,14 @@ class WeightNoise:
     def _require_closed(self, action: str) -> None:
         if self._open is not None:
             raise RuntimeError(f"{_OP}: {action} while a window is open; close it first")
+
+    def _mode_for(self, micro_batches: int) -> str:
+        _check.kinds(_OP, int, micro_batches=micro_batches)
+        if micro_batches < 1:
+            _check.refuse(_OP, "micro_batches", "at least 1", micro_batches)
+        if self._mode != "auto":
+            return self._mode
+        return best_mode(micro_batches, all_writable(self._targets))
 
     def _draw_word(self, draw: int) -> int:
         _check.kinds(_OP, int, draw=draw)

@@ -5,16 +5,20 @@
 dispatch key would silently replace each other; separate namespaces cannot.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flatkern import _backend, reference
 
 _NATIVE = ("cpu", "cuda")
+# A registration lives as long as its library.
+_AUTOGRAD = torch.library.Library("flatkern", "IMPL")
 
 
 def define(name: str, schema: str, *, native: bool = True) -> None:
@@ -28,6 +32,55 @@ def implement(name: str, select: Callable[..., Any], fake: Callable[..., Any]) -
     """Register the selector of `flatkern::name` and what it does on fake tensors."""
     torch.library.impl(f"flatkern::{name}", "CompositeExplicitAutograd", select)
     torch.library.register_fake(f"flatkern::{name}", fake)
+
+
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Register `function` as the derivative of `flatkern::name`.
+
+    It is applied to (below, options, *arguments), with the keyword arguments that differ from their
+    defaults in `options`, and its forward returns `below(*arguments, **options)`: the op itself.
+    This is `torch.library.register_autograd` without what that does on every call to find out
+    about the schema, which takes longer than the rest of a small layer; and with forward mode,
+    whose tangents that drops without a word.
+    """
+    op = getattr(torch.ops.flatkern, name).default
+
+    class Applied(function):
+        # With a setup_context of its own, each application would inspect forward's signature.
+        setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
+    def run(keyset: Any, *arguments: Any, **options: Any) -> Any:
+        below = functools.partial(_below_autograd, op, keyset)
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if reverse or forward_ad._current_level >= 0:
+            return Applied.apply(below, options, *arguments)
+        return below(*arguments, **options)
+
+    _AUTOGRAD.impl(name, run, "Autograd", with_keyset=True)
+
+
+def call(
+    name: str, function: type[torch.autograd.Function], *arguments: Any, **options: Any
+) -> Any:
+    """Call `flatkern::name`, whose derivative is `function`, inside torch.func's transforms too.
+
+    They transform functions, and do not find the one that is applied below the dispatcher.
+    """
+    op = getattr(torch.ops.flatkern, name)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return function.apply(op, options, *arguments)
+    return op(*arguments, **options)
+
+
+def _below_autograd(op: Any, keyset: Any, *arguments: Any, **options: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **options)
 
 
 def kernel(op: str, tensor: Tensor, backend: str | None = None) -> Callable[..., Any]:

@@ -5,17 +5,17 @@ the vendor's product. Backward regenerates the same noise, so nothing of size m 
 """
 
 import contextlib
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flatkern import _backend
 from flatkern.ops import _check
-from flatkern.ops._library import define, implement, kernel
+from flatkern.ops._library import call, define, differentiate, implement
+from flatkern.ops._noisy_linear import Adapters, NoisyWeight, flat
 from flatkern.ops.perturb import check_values
 
-DEFAULT_SCRATCH_BYTES = 32 * 2**20
 # Asked once: the compiler of torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
@@ -25,15 +25,16 @@ _OPTIONS = (
     "bool elementwise=False, int? scratch_bytes=None, SymInt row_offset=0, SymInt col_offset=0, "
     "ScalarType? compute_dtype=None, str? backend=None"
 )
+_ADAPTED = "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor row_scale, Tensor key"
 define(
     "noisy_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
-    f"Tensor row_scale, Tensor key, *, {_OPTIONS}) -> Tensor",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTED}, *, {_OPTIONS}) -> Tensor",
     native=False,
 )
 define(
-    "noisy_linear_grad_x",
-    f"(Tensor grad, Tensor weight, Tensor row_scale, Tensor key, *, {_OPTIONS}) -> Tensor",
+    "noisy_linear_backward",
+    f"(Tensor grad, Tensor x, Tensor weight, {_ADAPTED}, bool need_x, bool need_A, bool need_B, "
+    f"*, {_OPTIONS}) -> Tensor[]",
     native=False,
 )
 
@@ -70,7 +71,7 @@ def noisy_linear(
         key: int64 [4] on the weight's device.
         elementwise: e_ij = c_i z_ij |W_ij|.
         scratch_bytes: bound on the scratch for noisy panels (at least one row or column),
-            default 32 MiB.
+            default 32 MiB. With Triton few tokens need none: the product makes the noise.
         row_offset, col_offset: global coordinates of the weight's first element.
 
     Returns:
@@ -91,7 +92,7 @@ def noisy_linear(
     _check.kinds(op, bool, elementwise=elementwise)
     _check.kinds(op, int, optional=True, scratch_bytes=scratch_bytes)
     _check.kinds(op, (int, torch.SymInt), row_offset=row_offset, col_offset=col_offset)
-    return torch.ops.flatkern.noisy_linear(
+    return call_noisy_linear(
         x,
         weight,
         bias,
@@ -111,6 +112,11 @@ def noisy_linear(
     )
 
 
+def call_noisy_linear(*arguments: Any, **options: Any) -> Tensor:
+    """`torch.ops.flatkern.noisy_linear`, inside torch.func's transforms too; nothing is checked."""
+    return call("noisy_linear", _Derivative, *arguments, **options)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where x enters a product, or None to leave it."""
     device_type = x.device.type
@@ -128,8 +134,20 @@ def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _check_values(
-    x, weight, bias, lora_A, lora_B, scaling, row_scale, key, scratch_bytes, row_offset, col_offset
+def _check_call(
+    x,
+    weight,
+    bias,
+    lora_A,
+    lora_B,
+    scaling,
+    row_scale,
+    key,
+    *,
+    scratch_bytes=None,
+    row_offset=0,
+    col_offset=0,
+    **options,
 ):
     op = "noisy_linear"
     if weight.dim() != 2:
@@ -149,28 +167,8 @@ def _check_values(
         _check.refuse(op, "scratch_bytes", "at least 1 or None", scratch_bytes)
 
 
-def _panels(length: int, bytes_each: int, scratch_bytes: int | None) -> list[tuple[int, int]]:
-    """Cut `length` rows (or columns) of `bytes_each` into ranges that fit the scratch."""
-    fit = (scratch_bytes or DEFAULT_SCRATCH_BYTES) // max(bytes_each, 1)
-    if fit >= length:
-        return [(0, length)]
-    # Whole cache lines and vector registers, where that many fit.
-    step = fit // 64 * 64 if fit >= 64 else max(fit, 1)
-    return [(begin, min(begin + step, length)) for begin in range(0, length, step)]
-
-
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., n] as [tokens, n]; the sizes are spelled out because n may be 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
-
-
-def _forward(
-    x,
+def _noisy_weight(
     weight,
-    bias,
-    lora_A,
-    lora_B,
-    scaling,
     row_scale,
     key,
     *,
@@ -181,162 +179,174 @@ def _forward(
     compute_dtype=None,
     backend=None,
 ):
-    _check_values(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        row_scale,
-        key,
-        scratch_bytes,
-        row_offset,
-        col_offset,
-    )
     dtype = compute_dtype or weight.dtype
-    perturb_out = kernel("perturb_out", weight, backend)
-    panels = _panels(weight.shape[0], weight.shape[1] * dtype.itemsize, scratch_bytes)
-    bias = None if bias is None else bias.to(dtype)
+    offsets = row_offset, col_offset
+    return NoisyWeight(weight, row_scale, key, dtype, backend, elementwise, scratch_bytes, *offsets)
+
+
+def _adapters(lora_A, lora_B, scaling, *, compute_dtype=None, scratch_bytes=None, **options):
+    return Adapters(lora_A, lora_B, scaling, compute_dtype or lora_A.dtype, scratch_bytes)
+
+
+def _forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options):
+    _check_call(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options)
+    noisy = _noisy_weight(weight, row_scale, key, **options)
     with _autocast_off(x.device.type):
-        x2 = _flat(x, dtype)
-        scratch = torch.empty((panels[0][1], weight.shape[1]), dtype=dtype, device=weight.device)
-        y = None
-        if len(panels) > 1:
-            y = torch.empty((x2.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
-        for begin, end in panels:
-            noisy = scratch[: end - begin]
-            perturb_out(
-                weight[begin:end],
-                row_scale[begin:end],
-                key,
-                elementwise=elementwise,
-                row_offset=row_offset + begin,
-                col_offset=col_offset,
-                out=noisy,
-            )
-            part = F.linear(x2, noisy, None if bias is None else bias[begin:end])
-            if y is None:
-                y = part
-            else:
-                y[:, begin:end] = part
+        x2 = flat(x)
+        # Adapters take x as it came, unless autocast rounds it for them as well.
+        base_x = x2.to(noisy.dtype)
+        y = noisy.product(base_x, None if bias is None else bias.to(noisy.dtype))
         if lora_A is not None:
-            branch_x = x2 if compute_dtype else _flat(x, lora_A.dtype)
-            y = y + _branch(branch_x, lora_A, lora_B) * scaling
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+            branch_x = x2 if options.get("compute_dtype") is None else base_x
+            _adapters(lora_A, lora_B, scaling, **options).add_product(y, branch_x)
+    y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _branch(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
-
-
-def _fake_forward(
-    x, weight, bias, lora_A, lora_B, scaling, row_scale, key, *, scratch_bytes=None, **options
-):
-    offsets = options.get("row_offset", 0), options.get("col_offset", 0)
-    _check_values(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, scratch_bytes, *offsets)
+def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options):
+    _check_call(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _grad_x(
-    grad,
-    weight,
-    row_scale,
-    key,
-    *,
-    elementwise=False,
-    scratch_bytes=None,
-    row_offset=0,
-    col_offset=0,
-    compute_dtype=None,
-    backend=None,
+def _backward(
+    grad, x, weight, lora_A, lora_B, scaling, row_scale, key, need_x, need_A, need_B, **options
 ):
-    """grad [tokens, m] times W_noisy. Column panels: no reduction is split or accumulated."""
-    dtype = compute_dtype or weight.dtype
-    perturb_out = kernel("perturb_out", weight, backend)
-    rows, cols = weight.shape
-    panels = _panels(cols, rows * dtype.itemsize, scratch_bytes)
-    with _autocast_off(grad.device.type):
-        grad = grad.to(dtype)
-        scratch = torch.empty(rows * panels[0][1], dtype=dtype, device=weight.device)
-        grad_x = None
-        if len(panels) > 1:
-            grad_x = torch.empty((grad.shape[0], cols), dtype=dtype, device=grad.device)
-        for begin, end in panels:
-            noisy = scratch[: rows * (end - begin)].view(rows, end - begin)
-            perturb_out(
-                weight[:, begin:end],
-                row_scale,
-                key,
-                elementwise=elementwise,
-                row_offset=row_offset,
-                col_offset=col_offset + begin,
-                out=noisy,
-            )
-            part = grad @ noisy
-            if grad_x is None:
-                grad_x = part
-            else:
-                grad_x[:, begin:end] = part
-    return grad_x
+    """The gradients that are needed, of x, lora_A and lora_B in this order."""
+    noisy = _noisy_weight(weight, row_scale, key, **options)
+    grad_x = grad_A = grad_B = None
+    with _autocast_off(x.device.type):
+        grad2, x2 = flat(grad), flat(x)
+        base_grad = grad2.to(noisy.dtype)
+        if need_x:
+            grad_x = noisy.product_transposed(base_grad)
+        if lora_A is not None:
+            if options.get("compute_dtype") is not None:
+                grad2, x2 = base_grad, x2.to(noisy.dtype)
+            adapters = _adapters(lora_A, lora_B, scaling, **options)
+            grad_A, grad_B = adapters.backward(grad2, x2, grad_x, need_A, need_B)
+    gradients = (grad_x, x), (grad_A, lora_A), (grad_B, lora_B)
+    return [_like(gradient, of) for gradient, of in gradients if gradient is not None]
 
 
-def _fake_grad_x(grad, weight, row_scale, key, *, compute_dtype=None, **options):
-    return grad.new_empty((grad.shape[0], weight.shape[1]), dtype=compute_dtype or weight.dtype)
+def _like(result: Tensor, of: Tensor) -> Tensor:
+    """`result`, of as many elements, with the dtype and shape of `of`."""
+    result = result.to(of.dtype)
+    return result if of.dim() == 2 else result.view(of.shape)
+
+
+def _fake_backward(
+    grad, x, weight, lora_A, lora_B, scaling, row_scale, key, need_x, need_A, need_B, **options
+):
+    needed = (x, need_x), (lora_A, need_A), (lora_B, need_B)
+    return [of.new_empty(of.shape) for of, need in needed if need]
 
 
 implement("noisy_linear", _forward, _fake_forward)
-implement("noisy_linear_grad_x", _grad_x, _fake_grad_x)
+implement("noisy_linear_backward", _backward, _fake_backward)
 
 
-def _save(ctx, inputs, keyword_only_inputs, output):
-    x, weight, bias, lora_A, lora_B, ctx.scaling, row_scale, key = inputs
-    ctx.save_for_backward(x, weight, lora_A, lora_B, row_scale, key)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.options = dict(keyword_only_inputs)
-    # Backward must see the forward's noise, whatever is chosen by then.
-    if ctx.options["backend"] in (None, "auto"):
-        ctx.options["backend"] = _backend.resolve(weight.device.type, weight.dtype)
+def _batched_forward(info, in_dims, *arguments, **options):
+    """torch.vmap: one call where x alone is batched, else one for each example."""
+    if all(dim is None for dim in in_dims[1:]):
+        x, *others = arguments
+        return torch.ops.flatkern.noisy_linear(x.movedim(in_dims[0], 0), *others, **options), 0
+    return torch.stack([*_examples("noisy_linear", info, in_dims, arguments, options)]), 0
 
 
-def _backward(ctx, grad):
-    x, weight, lora_A, lora_B, row_scale, key = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-    compute_dtype = ctx.options["compute_dtype"]
-    grad_x = grad_weight = grad_bias = grad_A = grad_B = None
-    with _autocast_off(x.device.type):
-        grad2 = _flat(grad, compute_dtype or weight.dtype)
-        if need_x:
-            grad_x = torch.ops.flatkern.noisy_linear_grad_x(
-                grad2, weight, row_scale, key, **ctx.options
-            )
-        if need_weight:
-            grad_weight = (grad2.t() @ _flat(x, grad2.dtype)).to(weight.dtype)
-        if need_bias:
-            grad_bias = grad2.sum(0).to(ctx.bias_dtype)
-        if lora_A is not None and (need_x or need_A or need_B):
-            branch_dtype = compute_dtype or lora_A.dtype
-            scaled = _flat(grad, branch_dtype) * ctx.scaling
-            x2 = _flat(x, branch_dtype)
-            down = scaled @ lora_B.to(branch_dtype)
-            if need_x:
-                grad_x = grad_x + down @ lora_A.to(branch_dtype)
-            if need_A:
-                grad_A = (down.t() @ x2).to(lora_A.dtype)
-            if need_B:
-                up = F.linear(x2, lora_A.to(branch_dtype))
-                grad_B = (scaled.t() @ up).to(lora_B.dtype)
-        if need_x:
-            grad_x = grad_x.to(x.dtype).view(x.shape)
-    return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+def _batched_backward(info, in_dims, *arguments, **options):
+    results = _examples("noisy_linear_backward", info, in_dims, arguments, options)
+    gradients = [torch.stack(each) for each in zip(*results, strict=True)]
+    return gradients, [0] * len(gradients)
 
 
-def _no_second_backward(ctx, grad):
+def _examples(op, info, in_dims, arguments, options):
+    """The op's results for each example in turn."""
+    for index in range(info.batch_size):
+        here = (
+            argument if dim is None else argument.select(dim, index)
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        )
+        yield getattr(torch.ops.flatkern, op)(*here, **options)
+
+
+def _refuse_forward_mode() -> NoReturn:
     raise RuntimeError(
-        "noisy_linear: second derivatives are not supported; "
-        "perturb the weight in place to take them"
+        "noisy_linear: forward-mode derivatives are not supported; take them in reverse, "
+        "or perturb the weight in place"
     )
 
 
-torch.library.register_autograd("flatkern::noisy_linear", _backward, setup_context=_save)
-torch.library.register_autograd("flatkern::noisy_linear_grad_x", _no_second_backward)
+class _Derivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> Tensor:
+        return below(*arguments, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, options, x, weight, bias, lora_A, lora_B, ctx.scaling, row_scale, key = inputs
+        ctx.save_for_backward(x, weight, lora_A, lora_B, row_scale, key)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = options
+        # Backward must see the forward's noise, whatever is chosen by then.
+        if options.get("backend") in (None, "auto"):
+            backend = _backend.resolve(weight.device.type, weight.dtype)
+            ctx.options = options | {"backend": backend}
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, row_scale, key = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[2:7]
+        gradients = [None] * 5
+        if need_x or need_A or need_B:
+            adapted = lora_A, lora_B, ctx.scaling, row_scale, key
+            arguments = grad, x, weight, *adapted, need_x, need_A, need_B
+            found = iter(
+                call("noisy_linear_backward", _NoSecondDerivative, *arguments, **ctx.options)
+            )
+            for index, need in ((0, need_x), (3, need_A), (4, need_B)):
+                if need:
+                    gradients[index] = next(found)
+        if need_weight or need_bias:
+            dtype = ctx.options.get("compute_dtype") or weight.dtype
+            with _autocast_off(x.device.type):
+                grad2 = flat(grad).to(dtype)
+                if need_weight:
+                    gradients[1] = (grad2.t() @ flat(x).to(dtype)).to(weight.dtype)
+                if need_bias:
+                    gradients[2] = grad2.sum(0).to(ctx.bias_dtype)
+        return None, None, *gradients, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        _refuse_forward_mode()
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(below(*arguments, **options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        _refuse_forward_mode()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "noisy_linear: second derivatives are not supported; "
+            "perturb the weight in place to take them"
+        )
+
+
+differentiate("noisy_linear", _Derivative)
+differentiate("noisy_linear_backward", _NoSecondDerivative)
+torch.library.register_vmap("flatkern::noisy_linear", _batched_forward)
+torch.library.register_vmap("flatkern::noisy_linear_backward", _batched_backward)

@@ -41,6 +41,13 @@ def _value(wide, e, ELEMENTWISE: tl.constexpr, RESTORE: tl.constexpr):
 
 
 @triton.jit
+def noisy_values(before, e, dtype: tl.constexpr, ELEMENTWISE: tl.constexpr, RESTORE: tl.constexpr):
+    """What a tile `before` becomes under noise e = c z, rounded to `dtype`."""
+    wide = widen(before)
+    return keep_finite(_value(wide, e, ELEMENTWISE, RESTORE), before, wide, dtype)
+
+
+@triton.jit
 def _perturb_tile(
     out,
     weight,
@@ -62,9 +69,8 @@ def _perturb_tile(
     if MOVE_BACK:
         e = e * after
     before = tl.load(weight, mask=load_mask)
-    wide = widen(before)
-    y = _value(wide, e, ELEMENTWISE, RESTORE)
-    tl.store(out, keep_finite(y, before, wide, out.dtype.element_ty), mask=store_mask)
+    noisy = noisy_values(before, e, out.dtype.element_ty, ELEMENTWISE, RESTORE)
+    tl.store(out, noisy, mask=store_mask)
 
 
 @triton.jit

@@ -47,6 +47,16 @@ def test_seeds_do_not_go_with_choosing(capsys: pytest.CaptureFixture[str]) -> No
     assert "--seeds does not go with --choose" in capsys.readouterr().err
 
 
+def test_methods_are_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["demo", "--choose", "--methods", "SAM"]) == 2
+    assert "--methods does not go with --choose" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_missing_for_demo", lambda: None)
+    assert cli.main(["demo", "--methods", "SAM,Adam"]) == 2
+    assert "got Adam" in capsys.readouterr().err
+
+
 def test_missing_extras_are_named_with_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import transformers
 
 from flatkern import cli
 from flatkern.demo import data, experiment, model, report, run, settings
-from flatkern.demo.settings import Recipe, Setting
+from flatkern.demo.settings import METHODS, Recipe, Setting
 
 TINY = Setting("tiny", 0.25, epochs=1, quick_epochs=1, lr=1e-3, sigma=0.5, dropout=0.5)
 FEATURES = 32
@@ -111,7 +111,10 @@ def test_batches_drop_padding_and_nothing_else(
     assert part.longest(4)[1].all()
 
 
-@pytest.mark.parametrize("recipe", TINY.recipes(), ids=lambda recipe: recipe.arm)
+ARMS = {recipe.arm: recipe for recipe in (*TINY.method_recipes(METHODS), *TINY.recipes())}
+
+
+@pytest.mark.parametrize("recipe", ARMS.values(), ids=ARMS)
 def test_an_arm_trains_without_touching_a_frozen_weight(
     recipe: Recipe, encoded: tuple[torch.nn.Module, model.Encoded]
 ) -> None:
@@ -165,7 +168,23 @@ def test_the_command_writes_table_record_and_pictures(
     assert record["command"] == "flatkern demo --seeds 2"
 
 
-@pytest.mark.usefixtures("tiny")
+def test_methods_are_compared(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["SAM-W", "MeZO"]
+    options = ["--methods", ",".join(names), "--seeds", "1"]
+    assert cli.main(["demo", *options, "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "results.md").read_text()
+    assert "`flatkern demo --methods SAM-W,MeZO --seeds 1`" in written
+    rows = [line.split("|") for line in written.splitlines() if line.startswith("| tiny")]
+    arms = ["LoRA", *names]
+    assert [row[2].strip() for row in rows] == arms * 2
+    plain = [cell.strip() for cell in rows[3]]
+    assert plain[4:6] == ["1.00", "1.00"]
+    assert (tmp_path / "radius.png").stat().st_size > 1000
+    assert "time x LoRA" in capsys.readouterr().out
+
+
 def test_an_output_folder_that_cannot_be_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,32 @@ def test_other_kinds_of_adapter(kind, mode):
 
 
 @both_modes
+def test_one_compilation_for_any_number_of_tokens(mode):
+    model = make_model()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    noise = flatkern.WeightNoise(model, 0.4, mode=mode)
+    for rows in (8, 3, 21, 64):
+        x = data(rows=rows)
+        torch._dynamo.mark_dynamic(x, 0)
+        with noise.window():
+            got = step(compiled, model, x)
+            for mine, eager in zip(got, step(model, model, x), strict=True):
+                torch.testing.assert_close(mine, eager)
+    assert counter.frame_count == 1
+
+
+def test_compiled_by_inductor():
+    # Code is generated once, for the mode whose ops the compiler has to call.
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True)
+    with flatkern.WeightNoise(model, 0.4).window():
+        got, expected = step(compiled, model, data()), step(model, model, data())
+    for mine, eager in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
+@both_modes
 def test_compiled_backward_after_close_raises(mode):
     model = make_model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -142,6 +142,71 @@ def test_a_pool_that_is_too_small_grows():
     assert_clean(model, before)
 
 
+def test_only_what_lacked_room_is_perturbed_again(monkeypatch):
+    model = make_model(torch.bfloat16)
+    before, noise = clean_weights(model), inplace(model, 0.3, restore="residual")
+    with flatkern.WeightNoise(model, 0.3).window():
+        expected = [seen_weight(model[index]) for index in (1, 3, 4)]
+    with noise.window(9):
+        pass
+    short, calls = keepers(noise)[1], []
+    short._residual = flatkern.ops.new_residual(model[3].weight, 0)
+    perturb_ = flatkern.ops.foreach_perturb_
+
+    def watch(weights, *arguments, **options):
+        calls.append(len(weights))
+        perturb_(weights, *arguments, **options)
+
+    monkeypatch.setattr(flatkern.ops, "foreach_perturb_", watch)
+    with noise.window(0):
+        for index, weight in zip((1, 3, 4), expected, strict=True):
+            tolerances.assert_same_bits(model[index].weight.detach(), weight)
+    assert calls == [3, 1]
+    assert_clean(model, before)
+
+
+def test_a_pool_grows_under_weights_that_overlap():
+    base = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    clean = base.clone()
+    model = nn.Sequential(*(nn.Linear(24, 16, bias=False) for _ in range(3)))
+    for index, layer in enumerate(model):
+        layer.weight = nn.Parameter(base[12 * index : 12 * index + 16])
+    replace_linear(model, "all-linear", r=2)
+    noise = inplace(model, restore="residual")
+    with noise.window(0):
+        expected = base.clone()
+    for lacking in (0, 1, 2):
+        keepers(noise)[lacking]._residual = flatkern.ops.new_residual(model[lacking].weight, 0)
+        with noise.window(0):
+            tolerances.assert_same_bits(base, expected)
+        tolerances.assert_same_bits(base, clean)
+
+
+def test_a_graph_that_captures_one_weight_leaves_the_others_checked(monkeypatch):
+    """A weight whose kernels are only recorded has no header yet; the others have theirs."""
+    model = make_model(torch.bfloat16)
+    before, noise = clean_weights(model), inplace(model, restore="residual")
+    captured = model[3].weight.data_ptr()
+    monkeypatch.setattr(keep, "_is_capturing", lambda weight: weight.data_ptr() == captured)
+    read_all = keep.read_all
+
+    def read(residuals):
+        assert not any(residual is keepers(noise)[1]._residual for residual in residuals)
+        return read_all(residuals)
+
+    monkeypatch.setattr(keep, "read_all", read)
+    with noise.window():
+        worst, small, _ = (keepers(noise)[i]._residual.numel() for i in (1, 0, 2))
+        assert worst > model[3].weight.nbytes
+        assert small < model[1].weight.nbytes
+    assert_clean(model, before)
+    keepers(noise)[0]._residual = flatkern.ops.new_residual(model[1].weight, 0)
+    with noise.window():
+        assert keepers(noise)[0]._residual.numel() > 136
+        assert not torch.equal(model[1].weight, before["1.weight"])
+    assert_clean(model, before)
+
+
 def test_weights_that_cannot_be_perturbed_as_a_whole_are_not(monkeypatch):
     model = large_model()
     before, noise = clean_weights(model), inplace(model, restore="residual")

@@ -142,7 +142,8 @@ def test_checkpointed_backward_after_close_raises():
 
 
 @both_modes
-def test_checkpointing_gives_the_same_gradients(mode):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(mode, reentrant):
     model = make_model(lora_dropout=0.3)
     x = data().requires_grad_()
 
@@ -157,7 +158,7 @@ def test_checkpointing_gives_the_same_gradients(mode):
 
     noise = flatkern.WeightNoise(model, 0.3, mode=mode)
     expected = run(model)
-    got = run(lambda x: checkpoint(model, x, use_reentrant=False))
+    got = run(lambda x: checkpoint(model, x, use_reentrant=reentrant))
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         tolerances.assert_same_bits(got[name], gradient)

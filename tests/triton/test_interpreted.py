@@ -35,6 +35,7 @@ LEFT_OUT = (
 EVERY_OP = f"triton and not ({' or '.join(LEFT_OUT)})"
 SELECTIONS = {
     "kernels": (["triton/test_kernels.py"], ""),
+    "products": (["triton/test_noisy_linear.py"], ""),
     "noise": (["ops/test_noise.py"], EVERY_OP),
     "perturb": (["ops/test_perturb.py", "ops/test_perturb_tensors.py"], EVERY_OP),
     "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),

@@ -1,0 +1,36 @@
+"""Which mode a window takes when `WeightNoise(mode="auto")` leaves it to the rule."""
+
+from collections.abc import Iterable
+
+from flatkern.nn.linear import LoRALinear
+from flatkern.noise.targets import Target
+from flatkern.ops.residual import is_available
+
+# In place from so many micro-batches on: a window in place costs about what noise costs a virtual
+# one in two of them (docs/modes.md).
+INPLACE_FROM = 3
+
+
+def best_mode(micro_batches: int, writable: bool) -> str:
+    """The faster mode that gives every reader of the weights the same values.
+
+    Args:
+        micro_batches: forward and backward passes that share the window.
+        writable: see `all_writable`.
+    """
+    return "inplace" if writable and micro_batches >= INPLACE_FROM else "virtual"
+
+
+def all_writable(targets: Iterable[Target]) -> bool:
+    """Whether noise may be written in the weights without anyone being the wiser.
+
+    Nobody but layers that add the noise anyway holds them, and the backend has kernels for the
+    residual that brings their bits back: no copy of the weights is made unasked. What no layer can
+    add noise to is written in any mode.
+    """
+    return all(
+        all(isinstance(module, LoRALinear) for module, _ in target.owners)
+        and is_available(target.weight, native=True)
+        for target in targets
+        if target.layers
+    )
