@@ -372,3 +372,13 @@ def test_autocast_and_modules_added_by_transformers():
     with noise.window(), torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(model(**tokens()).loss, clean)
     assert torch.equal(model(**tokens()).loss, clean)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_late_backward_raises(mode):
+    model = two()
+    noise = attach(model, SIGMA, mode=mode)
+    with noise.window():
+        loss = model(batch()).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
