@@ -1,8 +1,6 @@
 """Flat-LoRA on MiniLM with PEFT and Trainer: movie reviews, 30 % of the training labels flipped.
 
-    python examples/peft_trainer.py [sigma]
-
-Model and sentences are those of `make demo`, which fetches both.
+python examples/peft_trainer.py [sigma]  # model and sentences: those of `make demo`
 """
 
 import sys
@@ -56,5 +54,5 @@ if __name__ == "__main__":
     rows, labels = data.draw_training_set(movies.labels, splits.pool, 256, flipped=0.3, seed=0)
     test = movies.take(splits.test)
     sigma = float(sys.argv[1]) if len(sys.argv) > 1 else 0.3
-    accuracy, _ = train(movies.take(rows).texts, labels, test.texts, test.labels, sigma)
-    print(f"sigma {sigma:g}: {accuracy:.1%} of {len(test.texts)} test sentences right")
+    right, _ = train(movies.take(rows).texts, labels, test.texts, test.labels, sigma)
+    print(f"sigma {sigma:g}: {right:.1%} of {len(test.texts)} test sentences right")
