@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flatkern.nn.pissa import pissa_factors
+from flatkern.nn.sites import noisy_product
 from flatkern.ops import _check
-from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
 
 _OP = "LoRALinear"
 _INITS = (True, False, "gaussian", "pissa")
@@ -270,21 +270,7 @@ class LoRALinear(nn.Module):
         lora_A: Tensor | None = None,
         lora_B: Tensor | None = None,
     ) -> Tensor:
-        dtype = autocast_dtype(x)
-        return call_noisy_linear(
-            # The op returns x's dtype; F.linear would return autocast's.
-            x if dtype is None else x.to(dtype),
-            self.weight,
-            bias,
-            lora_A,
-            lora_B,
-            self.scaling,
-            self._window.row_scale,
-            self._window.key,
-            elementwise=self._window.elementwise,
-            compute_dtype=dtype,
-            backend=self._window.backend,
-        )
+        return noisy_product(self._window, x, self.weight, bias, lora_A, lora_B, self.scaling)
 
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from flatkern.nn import LoRALinear
+from flatkern.nn.sites import site_of
 
 ADAPTERS = 2**31
 
@@ -15,9 +15,9 @@ def tensor_numbers(model: nn.Module) -> dict[str, int]:
     """
     adapters = {
         id(part)
-        for module in model.modules()
-        if isinstance(module, LoRALinear)
-        for part in module.adapters().values()
+        for site in map(site_of, model.modules())
+        if site is not None
+        for part in site.adapters().values()
     }
     numbers, following = {}, {False: 0, True: ADAPTERS}
     for name, parameter in model.named_parameters():

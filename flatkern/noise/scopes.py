@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from flatkern.nn import LoRALinear
+from flatkern.nn.sites import Site, site_of
 from flatkern.noise.numbers import ADAPTERS, tensor_numbers
 from flatkern.noise.targets import Target
 from flatkern.ops import _check
@@ -13,7 +13,8 @@ SCOPES = ("merged", "origin", "lora", "full", "all", "trainable")
 def collect(model: nn.Module, scope: str, strategy: str) -> list[Target]:
     """The weights in scope, each tensor once, in the model's order.
 
-    - merged: the base weights of LoRALinear layers, with the scale of W' = W + s B A;
+    - merged: the base weights of sites (LoRALinear and attached layers), with the scale of
+      W' = W + s B A;
     - origin: every tensor but the adapters; lora: the adapters; full: both; trainable: every
       trainable parameter; each with the scale of its own values;
     - all: as merged, and with "element" every tensor of fewer than two dimensions and every
@@ -22,13 +23,14 @@ def collect(model: nn.Module, scope: str, strategy: str) -> list[Target]:
     Tensors that are not floating point are left out.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    layers: dict[int, list[LoRALinear]] = {}
+    layers: dict[int, list[Site]] = {}
     embeddings = set()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(weight), []).append((module, name))
-        if isinstance(module, LoRALinear):
-            layers.setdefault(id(module.weight), []).append(module)
+        site = site_of(module)
+        if site is not None and site.weight is not None:
+            layers.setdefault(id(site.weight), []).append(site)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             embeddings.add(id(module.weight))
     numbers = tensor_numbers(model)

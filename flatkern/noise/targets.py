@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
-from flatkern.nn import LoRALinear
+from flatkern.nn.sites import Site
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keep import Keeper, Kept, keeper_of
 from flatkern.noise.strategies import STRATEGIES
@@ -23,7 +23,7 @@ class Target:
     Attributes:
         name: of the weight in the model.
         number: the tensor number in its noise keys.
-        layers: LoRALinear layers whose base weight it is, if any.
+        layers: the sites whose base weight it is, if any.
         owners: every (module, parameter name) that holds the weight.
         strategy: the name of what gives its scale.
         merged: whether that is the scale of W' = W + s B A, with the first layer's adapters.
@@ -39,7 +39,7 @@ class Target:
 
     name: str
     number: int
-    layers: list[LoRALinear]
+    layers: list[Site]
     owners: list[tuple[nn.Module, str]]
     strategy: str
     merged: bool
@@ -68,7 +68,7 @@ class Target:
         return self.strategy == "element"
 
     def is_virtual(self, mode: str) -> bool:
-        """Whether the layers add the noise: only LoRALinear layers can, to their base weight."""
+        """Whether the layers add the noise: only sites can, to their base weight."""
         return mode == "virtual" and bool(self.layers)
 
     def clean_weight(self) -> Tensor:
@@ -122,7 +122,7 @@ class Target:
         """The clean bits are back in the weight."""
         # A layer whose input needs no gradient saves no weight but adapters: without this, a late
         # backward would go through unnoticed.
-        bump_versions([t for layer in self.layers for t in (layer.lora_A, layer.lora_B)])
+        bump_versions([t for layer in self.layers for t in layer.adapters().values()])
         for module, _ in self.owners:
             module.__dict__.pop("_apply", None)
         while self.hooks:

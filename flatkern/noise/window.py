@@ -25,7 +25,10 @@ RESTORES = ("residual", "snapshot", "host")
 RANKS = ("same", "independent")
 _DRAWS = 2**16
 # What each scope needs, and where it comes from.
-_ADAPTED = ("LoRALinear layers", "; see flatkern.nn.replace_linear")
+_ADAPTED = (
+    "LoRALinear layers",
+    "; see flatkern.nn.replace_linear and flatkern.integrations.peft.attach",
+)
 _NEEDED = {"merged": _ADAPTED, "lora": _ADAPTED, "trainable": ("trainable parameters", "")}
 
 

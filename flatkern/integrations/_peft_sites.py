@@ -1,0 +1,220 @@
+"""What stands between a PEFT layer and a noise window."""
+
+from typing import Any
+
+import torch
+from peft.tuners import adalora, lora
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from flatkern import ops
+from flatkern.nn import adalora_factors
+from flatkern.nn.sites import ATTRIBUTE, noisy_product
+from flatkern.ops import _check
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why no window can show the base weight of a PEFT layer, or None if one can."""
+    if not isinstance(layer, lora.Linear | adalora.SVDLinear):
+        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"base layer {type(base).__name__}"
+    if "forward" in base.__dict__:
+        return "base layer with a forward of its own (offloaded, say)"
+    if not isinstance(base._parameters.get("weight"), nn.Parameter):
+        return "base weight that is not a parameter"
+    if base.weight.dtype not in _check.FLOAT_DTYPES:
+        return f"base weight of dtype {base.weight.dtype}"
+    for variant in getattr(layer, "lora_variant", {}).values():
+        if not isinstance(variant, DoraLinearVariant):
+            return type(variant).__name__
+    return None
+
+
+class Bystander:
+    """PEFT's parameters in a module whose base weight no window shows; they are numbered apart."""
+
+    weight = None
+
+    def __init__(self, layer: nn.Module) -> None:
+        """A tuner layer, or a wrapper such as that of `modules_to_save`."""
+        self.layer = layer
+        setattr(layer, ATTRIBUTE, self)
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """All but the base's parameters."""
+        base = getattr(self.layer, "base_layer", None) or getattr(
+            self.layer, "original_module", None
+        )
+        shared = set() if base is None else {id(part) for part in base.parameters()}
+        named = self.layer.named_parameters()
+        return {name: value for name, value in named if id(value) not in shared}
+
+    def require_clean(self, action: str) -> None:
+        """No window is ever open here."""
+
+    def detach(self) -> None:
+        """Leave the module as it was."""
+        self.layer.__dict__.pop(ATTRIBUTE, None)
+
+
+class PeftSite(Bystander):
+    """A PEFT layer whose base product a window can make noisy; see `flatkern.nn.sites.Site`.
+
+    `base_layer.forward`, `merge` and `unmerge` are replaced on the instances; PEFT's own branch
+    runs as it is. DoRA's denominator is that of the clean weights for as long as a window is open.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        """A layer that `why_not` accepts."""
+        super().__init__(layer)
+        self._window: Any = None
+        self._attached = True
+        # By adapter: ||V|| of the open window, and what was put on the DoRA module.
+        self._norms: dict[str, Tensor] = {}
+        self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
+        layer.base_layer.forward = self._base_forward
+        layer.merge, layer.unmerge = self._merge, self._unmerge
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight."""
+        return self.layer.base_layer.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether PEFT has merged an adapter into the weight."""
+        return self.layer.merged
+
+    @property
+    def scaling(self) -> float:
+        """s of the active adapter; 1 where `factors` contains it."""
+        return self._scaled_factors()[2]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the active adapters, one below (beside) the other."""
+        return self._scaled_factors()[:2]
+
+    def _active(self) -> list[str]:
+        if self.layer.disable_adapters:
+            return []
+        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
+
+    def _scaled_factors(self) -> tuple[Tensor, Tensor, float]:
+        parts = [self._of_adapter(name) for name in self._active()]
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            rows, cols = self.weight.shape
+            return self.weight.new_zeros((1, cols)), self.weight.new_zeros((rows, 1)), 1.0
+        lora_A = torch.cat([lora_A for lora_A, _, _ in parts])
+        return lora_A, torch.cat([lora_B * s for _, lora_B, s in parts], dim=1), 1.0
+
+    def _of_adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
+        layer = self.layer
+        lora_A, lora_B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        if isinstance(layer, adalora.SVDLinear):
+            return adalora_factors(
+                lora_A, lora_B, layer.lora_E[name], scaling, float(layer.ranknum[name])
+            )
+        return lora_A.weight, lora_B.weight, scaling
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        """x W^T + b, W as an open window shows it; with the adapters disabled, clean."""
+        base, window = self.layer.base_layer, self._window
+        if window is None or not (window.noisy or window.perturbed):
+            return F.linear(x, base.weight, base.bias)
+        if self.layer.disable_adapters:
+            return F.linear(x, window.clean_weight(), base.bias)
+        if window.noisy:
+            product = noisy_product(window, x, base.weight, base.bias)
+            # AdaLoRA adds in place, which autograd refuses on the op's output.
+            return product.clone() if isinstance(self.layer, adalora.SVDLinear) else product
+        return F.linear(x, base.weight, base.bias)
+
+    def enter_window(self, window: Any) -> None:
+        """Note DoRA's ||V||, because the weight may be noisy afterwards."""
+        magnitudes = getattr(self.layer, "lora_magnitude_vector", {})
+        for name in self._active():
+            if name in magnitudes:
+                self._enter_dora(name, magnitudes[name])
+        self._window = window
+
+    def _enter_dora(self, name: str, dora: nn.Module) -> None:
+        norm = ops.row_norm(self.weight.detach(), *self._of_adapter(name))
+        if name not in self._norms or self._norms[name].device != norm.device:
+            # An ordinary tensor even in inference mode: autograd saves it.
+            with torch.inference_mode(False):
+                self._norms[name] = torch.empty_like(norm)
+        self._norms[name].copy_(norm)
+        if "get_weight_norm" not in dora.__dict__:
+            dora.get_weight_norm = _CleanNorm(self, name, dora)
+            hook = dora.register_forward_pre_hook(self._show_dora, with_kwargs=True)
+            self._hooks.append((dora, hook))
+
+    def _show_dora(
+        self, dora: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """With dropout DoRA multiplies by the weight itself: give it the noisy product instead."""
+        window, x = self._window, args[0]
+        if window is not None and window.noisy and kwargs["base_result"] is None:
+            product = self._base_forward(x.to(self.weight.dtype)).to(x.dtype)
+            kwargs = kwargs | {"base_result": product}
+        return args, kwargs
+
+    def require_closed(self, action: str) -> None:
+        """RuntimeError while a window is open, after `detach`, or where no window makes sense."""
+        self.require_clean(action)
+        if not self._attached:
+            raise RuntimeError(f"peft: {action} after detach; attach again")
+        variants = getattr(self.layer, "lora_variant", {})
+        active = [variants.get(name) for name in self._active()]
+        for variant in filter(None, active):
+            if len(active) > 1 or not isinstance(variant, DoraLinearVariant):
+                what = f"{type(variant).__name__}, alone or beside another active adapter"
+                raise RuntimeError(f"peft: {action} with {what}; only a lone DoRA takes noise")
+
+    def _merge(self, *args: Any, **kwargs: Any) -> None:
+        self.require_clean("merge")
+        type(self.layer).merge(self.layer, *args, **kwargs)
+
+    def _unmerge(self) -> None:
+        self.require_clean("unmerge")
+        type(self.layer).unmerge(self.layer)
+
+    def require_clean(self, action: str) -> None:
+        """RuntimeError while a window is open."""
+        if self._window is not None:
+            raise RuntimeError(f"peft: {action} inside a noise window; close the window first")
+
+    def detach(self) -> None:
+        """Leave the layer as it was."""
+        self._attached = False
+        self.layer.base_layer.__dict__.pop("forward", None)
+        for name in ("merge", "unmerge"):
+            self.layer.__dict__.pop(name, None)
+        for dora, hook in self._hooks:
+            hook.remove()
+            dora.__dict__.pop("get_weight_norm", None)
+        super().detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has no part in an open window."""
+        return self.__dict__ | {"_window": None}
+
+
+class _CleanNorm:
+    """In place of a DoRA module's `get_weight_norm`: in a window, what the window noted."""
+
+    def __init__(self, site: PeftSite, name: str, dora: nn.Module) -> None:
+        self._site, self._name, self._dora = site, name, dora
+
+    def __call__(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[m], in the weight's dtype."""
+        window = self._site._window
+        if window is not None and (window.noisy or window.perturbed):
+            return self._site._norms[self._name].to(weight.dtype)
+        return type(self._dora).get_weight_norm(self._dora, weight, *args, **kwargs)

@@ -1,0 +1,126 @@
+"""Models that PEFT has adapted, seen through noise: `attach` and `detach`."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from flatkern.integrations._peft_sites import Bystander, PeftSite, why_not
+from flatkern.nn.sites import ATTRIBUTE
+from flatkern.noise import WeightNoise
+from flatkern.ops import _check
+
+# Stacks that compute a whole block from base_layer.weight, lora_A and lora_B, calling no layer.
+_FUSED_ATTRIBUTES = ("apply_qkv", "apply_o")
+_FUSED_PACKAGES = ("unsloth", "axolotl")
+
+
+def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise:
+    """Let windows show the base weights of PEFT's layers through noise.
+
+        model = peft.get_peft_model(base, config)
+        noise = flatkern.integrations.peft.attach(model, sigma=0.05, seed=0)
+        with noise.window():
+            model(**batch).loss.backward()
+        optimizer.step()
+
+    For LoRA layers (rsLoRA, PiSSA, LoRA-GA and other starts, DoRA) and AdaLoRA's, over `nn.Linear`
+    bases. The scale is that of W' with the adapters that are active when the window is opened; a
+    disabled adapter's forward is clean. PEFT's own branch, its files and the model's state_dict
+    keys stay what they are. In a window `merge` and `unmerge` raise.
+
+    Args:
+        model: a PeftModel, or any module with PEFT layers.
+        sigma: as in `flatkern.WeightNoise`.
+        options: the other arguments of `flatkern.WeightNoise`: strategy, scope, mode, restore,
+            schedule, seed, ranks, fisher.
+
+    Returns:
+        The `flatkern.WeightNoise` of the model; opened once per optimizer step.
+
+    Warns:
+        UserWarning: layers that take no noise (other bases than nn.Linear, quantised ones,
+            embeddings, convolutions, other PEFT methods), by name and reason; in mode "virtual",
+            a fused implementation that would never see the noise.
+
+    Raises:
+        TypeError, ValueError: an argument that `WeightNoise` refuses, or no layer that can take
+            noise. Nothing is left attached.
+        RuntimeError: the model is attached already.
+    """
+    _check.kinds("peft.attach", nn.Module, model=model)
+    if _sites(model):
+        raise RuntimeError("peft.attach: model is attached already; call detach(model) first")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    skipped = {name: reason for name, m in layers.items() if (reason := why_not(m)) is not None}
+    if len(skipped) == len(layers):
+        found = f"none that can ({_listed(skipped)})" if skipped else "no PEFT layers"
+        raise ValueError(f"peft.attach: model must have LoRA layers over nn.Linear, got {found}")
+    try:
+        for name, module in list(model.named_modules()):
+            if name in layers and name not in skipped:
+                PeftSite(module)
+            elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                Bystander(module)
+        noise = WeightNoise(model, sigma, **options)
+    except BaseException:
+        detach(model)
+        raise
+    if skipped:
+        warnings.warn(f"peft.attach: no noise on {_listed(skipped)}", stacklevel=2)
+    fused = list(_fused(model))
+    if fused and options.get("mode", "virtual") == "virtual":
+        warnings.warn(
+            f"peft.attach: {fused[0]} and {len(fused) - 1} more modules read base weights without "
+            'calling the layers, so virtual noise is not seen there; use mode="inplace"',
+            stacklevel=2,
+        )
+    return noise
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: no attribute and no hook is left; nothing happens if there is none.
+
+    The `WeightNoise` that `attach` returned opens no window afterwards.
+
+    Raises:
+        RuntimeError: a window is open; nothing is undone.
+    """
+    _check.kinds("peft.detach", nn.Module, model=model)
+    sites = _sites(model)
+    for site in sites:
+        site.require_clean("detach")
+    for site in sites:
+        site.detach()
+
+
+def _sites(model: nn.Module) -> list[Bystander]:
+    """Those of the model's layers, and of bases that PEFT has unloaded since."""
+    found = {}
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        for site in (module.__dict__.get(ATTRIBUTE), getattr(forward, "__self__", None)):
+            if isinstance(site, Bystander):
+                found[id(site)] = site
+    return list(found.values())
+
+
+def _listed(skipped: dict[str, str]) -> str:
+    """Reasons and their layers."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
+
+
+def _fused(model: nn.Module) -> Iterator[str]:
+    """Modules above attached layers that are known to compute without calling them."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        package = getattr(forward, "__module__", None) or ""
+        patched = any(hasattr(module, attribute) for attribute in _FUSED_ATTRIBUTES)
+        if patched or package.split(".")[0] in _FUSED_PACKAGES:
+            yield name

@@ -1,0 +1,72 @@
+"""Sites: where a base weight meets its adapters, and where a window can show it through noise."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
+
+# The attribute under which a module of another library has its site; a plain object in the
+# module's __dict__, so that no state_dict names it.
+ATTRIBUTE = "_flatkern_site"
+
+
+class Site(Protocol):
+    """What `flatkern.WeightNoise` asks of a layer: a `LoRALinear`, or one that was attached to.
+
+    Attributes:
+        weight: the base weight [m, n], clean outside windows; None where a window cannot show it.
+        scaling: s of W' = W + s B A.
+        merged: whether `weight` holds W' at the moment.
+        _window: the `Target` of the open window or None.
+    """
+
+    weight: Tensor | None
+    scaling: float
+    merged: bool
+    _window: Any
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [k, n] and B [m, k] of W'."""
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are the adapter's, not the base model's, by name."""
+
+    def enter_window(self, window: Any) -> None:
+        """Belong to the window that is being opened; the weight is clean at this time."""
+
+    def require_closed(self, action: str) -> None:
+        """RuntimeError while a window is open, paused or not."""
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site of a module: itself, what was attached to it, or None."""
+    # Asked of the class: a wrapper may pass on the attributes of what it wraps.
+    return module if hasattr(type(module), "enter_window") else module.__dict__.get(ATTRIBUTE)
+
+
+def noisy_product(
+    window: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """x (W_noisy + s B A)^T + b with the window's noise, in the dtype that nn.Linear would give."""
+    dtype = autocast_dtype(x)
+    return call_noisy_linear(
+        # The op returns x's dtype; F.linear would return autocast's.
+        x if dtype is None else x.to(dtype),
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        window.row_scale,
+        window.key,
+        elementwise=window.elementwise,
+        compute_dtype=dtype,
+        backend=window.backend,
+    )

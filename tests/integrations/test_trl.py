@@ -1,0 +1,66 @@
+"""FlatLoRACallback under TRL's SFTTrainer, which recomputes activations by default."""
+
+import pytest
+
+pytest.importorskip("trl", reason="trl is not installed")
+
+import torch
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from peft import LoraConfig
+from tiny import bits, llama, same_bits, tokens
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from flatkern.integrations.transformers import FlatLoRACallback
+
+
+def vocabulary():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {str(i): i for i in range(62)} | {"<pad>": 62, "<eos>": 63}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("mode", ["virtual", "inplace"])
+def test_supervised_fine_tuning(tmp_path, mode):
+    base = llama()
+    before = bits(base)
+    rows = tokens(16)["input_ids"].clamp(max=61).tolist()
+    # A fingerprint of its own: to compute one, some versions of datasets pickle all of pyarrow.
+    examples = Dataset(InMemoryTable.from_pydict({"input_ids": rows}), fingerprint="tiny")
+    arguments = SFTConfig(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        num_train_epochs=1,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = SFTTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=examples,
+        processing_class=vocabulary(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    FlatLoRACallback(sigma=0.3, seed=0, mode=mode).add_to(trainer)
+    trainer.train()
+    sigmas = [e["noise_sigma"] for e in trainer.state.log_history if "loss" in e]
+    assert sigmas == pytest.approx([0, 0.075, 0.225])
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+        for name, value in bits(trainer.model, lambda name: "lora_" not in name).items()
+    }
+    after = {name: value.to(before[name].dtype) for name, value in after.items()}
+    assert same_bits(after, before)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
