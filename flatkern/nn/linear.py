@@ -271,7 +271,8 @@ class LoRALinear(nn.Module):
         lora_B: Tensor | None = None,
     ) -> Tensor:
         dtype = autocast_dtype(x)
-        return torch.ops.flatkern.noisy_linear(
+        run = self._window.sharded_linear or torch.ops.flatkern.noisy_linear
+        return run(
             # The op returns x's dtype; F.linear would return autocast's.
             x if dtype is None else x.to(dtype),
             self.weight,

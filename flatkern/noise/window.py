@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import _backend
+from flatkern.nn import LoRALinear
+from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.schedules import Schedule, constant, factor_at
@@ -97,7 +99,8 @@ class WeightNoise:
                 None: a residual where the backend has kernels for it, else a snapshot.
             schedule: factor of sigma as a function of the 0-based step; None: constant.
             seed: in [0, 2^32).
-            ranks: "same" noise on every rank of torch.distributed, or "independent".
+            ranks: "same" noise on every rank of torch.distributed, or "independent", which sharded
+                weights refuse.
             fisher: the F of strategy "fisher"; whoever passes it keeps it up to date.
 
         Raises:
@@ -126,11 +129,13 @@ class WeightNoise:
         for target in self._targets:
             target.restore = restore
             target.fisher = fisher
+        self._model = model
         self._sigma = sigma
         self._mode = mode
         self._schedule = schedule or constant()
         self._seed = seed
         self._ranks = ranks
+        self._check_shards()
         self._next_step = 0
         self._tables: list[Tensor] = []
         self._open: _Open | None = None
@@ -169,6 +174,8 @@ class WeightNoise:
         step = self._next_step if step is None else step
         key = NoiseKey(self._seed, step, self._draw_word(draw))
         sigma_t = self._sigma_at(step)
+        shards.reshard(self._model)
+        self._check_shards()
         for target in self._targets:
             for layer in target.layers:
                 layer.require_closed(f"open on {target.name}")
@@ -214,6 +221,7 @@ class WeightNoise:
             return
         window.paused = True
         try:
+            shards.reshard(self._model)
             hide(self._targets)
             yield
         finally:
@@ -222,6 +230,7 @@ class WeightNoise:
 
     def _resume(self, window: _Open) -> None:
         try:
+            shards.reshard(self._model)
             show(self._targets, self._mode)
             window.paused = False
         except BaseException:
@@ -281,6 +290,29 @@ class WeightNoise:
         if self._open is not None:
             raise RuntimeError(f"{_OP}: {action} while a window is open; close it first")
 
+    def _check_shards(self) -> None:
+        """Refuse, before anything is sent or written, what would not be the unsharded noise."""
+        for target in self._targets:
+            weight = target.weight
+            if not shards.is_sharded(weight):
+                continue
+            shards.check(_OP, target.name, weight)
+            if self._ranks == "independent":
+                accepted = f"'same' where weights are sharded, as {target.name} is"
+                _check.refuse(_OP, "ranks", accepted, self._ranks)
+            if target.fisher is not None:
+                accepted = f"one that needs no Fisher where weights are sharded, as {target.name}"
+                _check.refuse(_OP, "strategy", accepted, "fisher")
+            for layer in target.layers:
+                # Their scales and forwards take the weight in other ways.
+                own = type(layer).enter_window, type(layer).factors
+                if own != (LoRALinear.enter_window, LoRALinear.factors):
+                    kind = type(layer).__name__.removeprefix("FSDP")
+                    raise TypeError(
+                        f"{_OP}: {target.name} must be of a LoRALinear where it is sharded, "
+                        f"got {kind}"
+                    )
+
     def _draw_word(self, draw: int) -> int:
         _check.kinds(_OP, int, draw=draw)
         if not 0 <= draw < _DRAWS:
@@ -309,6 +341,7 @@ class WeightNoise:
         """End the window; where it is interrupted, calling it again continues."""
         if self._open is None:
             return
+        shards.reshard(self._model)
         # In a few calls; where one is refused, weight by weight, so that the others are restored.
         with contextlib.suppress(Exception):
             hide(self._targets)

@@ -1,0 +1,1 @@
+"""flatkern under other people's training loops."""
