@@ -239,25 +239,6 @@ def noisy_linear(
     return DTensor.from_local(y, mesh, [placement], run_check=False, shape=shape, stride=stride)
 
 
-class Seen(torch.autograd.Function):
-    """The identity, through which no backward goes once `key` was written.
-
-    FSDP writes a gathered weight behind autograd's back, so its version counter tells nothing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, key: Tensor) -> Tensor:
-        """The output."""
-        ctx.save_for_backward(key)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The gradient; autograd raises if the window of `key` is closed."""
-        _ = ctx.saved_tensors
-        return grad, None
-
-
 def reshard(model: nn.Module) -> None:
     """Let FSDP drop what it has gathered, which may show other noise than the shards."""
     module = sys.modules.get("torch.distributed.fsdp")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
@@ -143,9 +143,23 @@ class Target:
             if not self.keeper.survives_casts:
                 module._apply = guard.refuse_cast
 
-    def _watch(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Tie the output to this window, because the gathered weight does not."""
-        return tree_map_only(Tensor, lambda t: shards.Seen.apply(t, self.key), output)
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Let no backward through this output once the window is closed.
+
+        FSDP gathers weights behind autograd's back, so their version counters tell it nothing.
+        """
+        key, version = self.key, self.key._version
+
+        def refuse_late(grad: Tensor) -> None:
+            if key._version != version:
+                raise RuntimeError(
+                    f"WeightNoise: backward through {self.name} after its window was closed; "
+                    "the weight that it needs is no longer noisy"
+                )
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(refuse_late)
 
     def release(self) -> None:
         """The clean bits are back in the weight."""
