@@ -35,7 +35,6 @@ class Target:
         sharded_linear: what layers call in place of the op, while the weight is sharded.
         noisy: whether `layers` add the noise in their forward.
         perturbed: whether the noise is written in the weight; `keeper` has the clean bits.
-        written: the weight that it is written in.
         restore: how the clean bits are kept, see `WeightNoise`.
         largest: sigma that the room for them is measured with.
         fisher: what divides the scale, see `Fisher`.
@@ -53,7 +52,6 @@ class Target:
     sharded_linear: Callable[..., Tensor] | None = None
     noisy: bool = False
     perturbed: bool = False
-    written: Tensor | None = None
     keeper: Keeper | None = None
     restore: str | None = None
     largest: float = 0.0
@@ -68,9 +66,6 @@ class Target:
         """
         module, name = self.owners[0]
         weight = getattr(module, name).detach()
-        if self.written is not None:
-            # FSDP may have put a gathered copy in its place.
-            weight = self.written
         # The ops take nothing without dimensions.
         return weight if weight.dim() else weight.view(1)
 
@@ -131,9 +126,7 @@ class Target:
     def guard(self) -> None:
         """From here on noise may be written in the weight: an error may leave it half written."""
         self.perturbed = True
-        weight = self.weight
-        if sharded := shards.is_sharded(weight):
-            self.written = weight
+        sharded = shards.is_sharded(self.weight)
         for module, name in self.owners:
             if sharded:
                 self.hooks.append(module.register_forward_hook(self._watch))
@@ -172,7 +165,6 @@ class Target:
             # In this order: Ctrl-C in between loses no handle, and removing twice is harmless.
             self.hooks[-1].remove()
             self.hooks.pop()
-        self.written = None
         self.perturbed = False
 
     def __getstate__(self) -> dict[str, Any]:

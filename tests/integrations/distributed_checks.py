@@ -316,22 +316,34 @@ def forward_alone_leaves_nothing_gathered(cut, rank, folder):
     assert_same_bits(full_state(model), make_model().state_dict())
 
 
-@check("tp", "fsdp")
-def a_method(cut, rank, folder):
+METHODS = tuple(
+    ["FlatLoRA", "RWP", "MixedRWP", "LPFSGD", "SAM", "ASAM", "LoRASAM", "BAR", "FMLoRA", "EFMLoRA"]
+)
+
+
+@check("tp", "fsdp", "root")
+def methods(cut, rank, folder):
     def loss_of(model):
         return lambda batch: nn.functional.mse_loss(model(batch[0]), batch[1])
 
-    losses = []
-    for model, batch in (
-        (make_model(), batch_of),
-        (CUTS[cut](make_model()), functools.partial(my_batch, cut, rank=rank)),
-    ):
-        method = flatkern.methods.FlatLoRA(model, sgd(model), sigma=0.3)
-        losses.append(torch.tensor([method.step(loss_of(model), [batch(i)]) for i in range(STEPS)]))
-    if cut == "fsdp":
-        dist.all_reduce(losses[1])
-        losses[1] /= dist.get_world_size()
-    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    def losses_of(kind, model, batch):
+        method = kind(model, sgd(model))
+        return torch.tensor([method.step(loss_of(model), [batch(i)]) for i in range(2)])
+
+    for name in METHODS:
+        kind = getattr(flatkern.methods, name)
+        expected = losses_of(kind, make_model(), batch_of)
+        model = CUTS[cut](make_model())
+        found = losses_of(kind, model, functools.partial(my_batch, cut, rank=rank))
+        if cut != "tp":
+            dist.all_reduce(found)
+            found /= dist.get_world_size()
+        torch.testing.assert_close(found, expected, **CLOSE, msg=name)
+    for name, error in (("ARWP", ValueError), ("MeZO", RuntimeError)):
+        model = CUTS[cut](make_model())
+        with pytest.raises(error, match=r"sharded|DTensor"):
+            losses_of(getattr(flatkern.methods, name), model, batch_of)
+        assert_same_bits(full_state(model), make_model().state_dict())
 
 
 @check()
