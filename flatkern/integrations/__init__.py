@@ -1,1 +1,1 @@
-"""Other libraries' models and trainers under noise: `peft`, `transformers`; import what you use."""
+"""Other libraries under noise: `peft`, `transformers`, `distributed`; import what you use."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from flatkern.noise.shards import part_of
+
 # Batch and instance norms: whatever has statistics that a forward in training mode updates.
 _TRACKING = (nn.modules.batchnorm._NormBase,)
 
@@ -16,7 +18,8 @@ def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
 
     An autocast around several passes would go on using what it cast before: it forgets that.
     """
-    tensors = [tensor.detach() for tensor in tensors]
+    # Of a sharded tensor what this rank holds: the list op takes no DTensors.
+    tensors = [part_of(tensor.detach()).local for tensor in tensors]
     copies = [tensor.clone() for tensor in tensors]
 
     def put_back() -> None:

@@ -11,6 +11,7 @@ from flatkern.methods._layers import lora_layers
 from flatkern.methods.base import Method
 from flatkern.nn import LoRALinear
 from flatkern.noise.schedules import Schedule, constant, factor_at
+from flatkern.noise.shards import part_of
 from flatkern.ops import _check
 
 VARIANTS = ("nBAR", "oBAR")
@@ -67,7 +68,12 @@ class BAR(Method):
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
-        adapters = [part.detach() for layer in layers for part in (layer.lora_A, layer.lora_B)]
+        # Of sharded adapters what this rank holds: the list op takes no DTensors.
+        adapters = [
+            part_of(part.detach()).local
+            for layer in layers
+            for part in (layer.lora_A, layer.lora_B)
+        ]
         before = [part.clone() for part in adapters]
         stepped = False
         try:

@@ -54,7 +54,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     of rank r' (its products A' A and B B'), and a layer with an offset base (PiSSA, LoRA-GA) of
     rank 2 r, s (B A - B0 A0), which is off by the rounding of the base. So that training can go
     on, keep the model's `state_dict` too. The format holds one dropout for all layers: the largest
-    is written.
+    is written. Sharded layers (FSDP, tensor parallelism) are gathered: every rank must call, and
+    the first writes.
 
     Args:
         model: with `LoRALinear` layers, merged or not, in a window or not.
@@ -79,17 +80,29 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for name in layers
         for part, value in parts[name].items()
     }
+    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() > 0:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
 @torch.no_grad()
 def _parts(layer: LoRALinear) -> dict[str, Tensor]:
     """The layer's adapter relative to the original weight: W' = W + s B A, or DoRA's of that V."""
     # Not the attributes: the state is clean in any window.
-    state = layer.state_dict()
+    saved = (*layer.adapters(), "offset_A", "offset_B")
+    state = {name: _gathered(value) for name, value in layer.state_dict().items() if name in saved}
     parts = {part: state[part] for part in _PARTS if part in state}
     if isinstance(layer, NoRALinear):
         own = {name: state[name] for name in layer.adapters()}

@@ -56,7 +56,8 @@ def noisy_product(
 ) -> Tensor:
     """x (W_noisy + s B A)^T + b with the window's noise, in the dtype that nn.Linear would give."""
     dtype = autocast_dtype(x)
-    return call_noisy_linear(
+    run = window.sharded_linear or call_noisy_linear
+    return run(
         # The op returns x's dtype; F.linear would return autocast's.
         x if dtype is None else x.to(dtype),
         weight,

@@ -25,6 +25,9 @@ class Kept(NamedTuple):
     largest_scale: Callable[[], Tensor]
     # The same for all that are done in one call.
     elementwise: bool
+    # Where a shard begins in the whole weight.
+    row_offset: int = 0
+    col_offset: int = 0
 
 
 class Keeper(Protocol):
@@ -89,7 +92,7 @@ class Snapshot:
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise."""
-        ops.foreach_perturb_(*_operands(kept), elementwise=kept[0].elementwise)
+        ops.foreach_perturb_(*_operands(kept), **_options(kept))
 
     @staticmethod
     def restore(kept: list[Kept]) -> None:
@@ -131,7 +134,7 @@ class Residual:
             pool_bytes = None
             if not capturing:
                 counter = ops.new_residual(weight, 0)
-                options = {"residual": counter, "elementwise": one.elementwise}
+                options = {"residual": counter, **_single(one)}
                 ops.perturb_(weight, one.largest_scale(), one.key, **options)
                 pool_bytes = int(pool_need(counter)[0] * _SPARE)
             self._residual = ops.new_residual(weight, pool_bytes)
@@ -140,7 +143,7 @@ class Residual:
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
-        ops.foreach_perturb_(*_operands(kept), **_options(kept))
+        ops.foreach_perturb_(*_operands(kept), **_options(kept), residuals=_residuals(kept))
         again, storages = [], set()
         for one, header in zip(kept, _headers(kept), strict=True):
             storage = one.weight.untyped_storage().data_ptr()
@@ -160,7 +163,7 @@ class Residual:
                 with torch.inference_mode(False):
                     pool_bytes = int(4 * header.asked * _SPARE)
                     one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
-        ops.foreach_perturb_(*_operands(redone), **_options(redone))
+        ops.foreach_perturb_(*_operands(redone), **_options(redone), residuals=_residuals(redone))
         for header in _headers(redone):
             if header is not None:
                 raise_for("perturb_", header)
@@ -175,7 +178,7 @@ class Residual:
         if not by_kernels:
             pairs = zip(filled, _headers(filled), strict=True)
             filled = [one for one, header in pairs if header is None or header.state == FILLED]
-        ops.foreach_restore_(*_operands(filled), **_options(filled))
+        ops.foreach_restore_(*_operands(filled), **_options(filled), residuals=_residuals(filled))
         for header in _headers(filled) if by_kernels else ():
             if header is not None and header.state == FILLED:
                 raise_for("restore_", header)
@@ -184,8 +187,7 @@ class Residual:
         """Decode a copy."""
         copy, residual = one.weight.clone(), self._residual.clone()
         if is_filled(residual):
-            options = {"residual": residual, "elementwise": one.elementwise}
-            ops.restore_(copy, one.row_scale, one.key, **options)
+            ops.restore_(copy, one.row_scale, one.key, residual=residual, **_single(one))
         return copy
 
     def nbytes(self) -> int:
@@ -199,7 +201,16 @@ def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor
 
 
 def _options(kept: list[Kept]) -> dict[str, Any]:
-    return {"elementwise": any(one.elementwise for one in kept), "residuals": _residuals(kept)}
+    return {
+        "elementwise": any(one.elementwise for one in kept),
+        "row_offsets": [one.row_offset for one in kept],
+        "col_offsets": [one.col_offset for one in kept],
+    }
+
+
+def _single(one: Kept) -> dict[str, Any]:
+    names = ("elementwise", "row_offset", "col_offset")
+    return {name: getattr(one, name) for name in names}
 
 
 def _residuals(kept: list[Kept]) -> list[Tensor]:

@@ -3,7 +3,8 @@
 Each takes lists (weights [m, n], lora_As [r, n], lora_Bs [m, r], scalings s; the adapters None
 where there are none) and sigma, and returns c of every weight, float32 [m], on its device: few
 launches for a whole model. W' is the merged weight W + s B A. Weights of other dimensions are seen
-as dim0 x rest: each element of a vector is a row.
+as dim0 x rest: each element of a vector is a row. Where weights are sharded, c is of the whole
+weight, the same on every rank.
 """
 
 import math
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatkern import ops
+from flatkern.noise.shards import row_norms
 
 Adapters = list[Tensor] | None
 Strategy = Callable[[list[Tensor], Adapters, Adapters, list[float], float], list[Tensor]]
@@ -29,7 +30,7 @@ def matrix(
     weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
 ) -> list[Tensor]:
     """c_i = sigma ||W'||, Frobenius."""
-    norms = ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings)
+    norms = row_norms(weights, lora_As, lora_Bs, scalings)
     return [(norm.norm() * sigma).repeat(norm.shape[0]) for norm in norms]
 
 
@@ -40,7 +41,7 @@ def row(
 
     Source: LPF-SGD's code (Bisla et al., 2022).
     """
-    norms = ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings)
+    norms = row_norms(weights, lora_As, lora_Bs, scalings)
     for index, weight in enumerate(weights):
         if weight.dim() < 2:
             norms[index] = norms[index].norm().repeat(norms[index].shape[0])
@@ -54,8 +55,8 @@ def flat_lora(
 
     The same bits as `perturb_merged_`. Source: Flat-LoRA (Li et al., 2024), equation 7.
     """
-    factors = [sigma / math.sqrt(max(weight[:1].numel(), 1)) for weight in weights]
-    return torch._foreach_mul(ops.foreach_row_norm(weights, lora_As, lora_Bs, scalings), factors)
+    factors = [sigma / math.sqrt(max(weight.shape[1:].numel(), 1)) for weight in weights]
+    return torch._foreach_mul(row_norms(weights, lora_As, lora_Bs, scalings), factors)
 
 
 # "element" multiplies its c by |W_ij| of the weight that is written; "fisher" divides its c by

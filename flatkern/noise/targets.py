@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
 from flatkern.nn.sites import Site
+from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keep import Keeper, Kept, keeper_of
 from flatkern.noise.strategies import STRATEGIES
@@ -27,9 +29,10 @@ class Target:
         owners: every (module, parameter name) that holds the weight.
         strategy: the name of what gives its scale.
         merged: whether that is the scale of W' = W + s B A, with the first layer's adapters.
-        row_scale: c, float32 [m], at a fixed address.
+        row_scale: c of the whole weight, float32 [m], at a fixed address.
         key: int64 [4], a row of its device's key table.
         backend: the implementation that serves the open window.
+        sharded_linear: what layers call in place of the op, while the weight is sharded.
         noisy: whether `layers` add the noise in their forward.
         perturbed: whether the noise is written in the weight; `keeper` has the clean bits.
         restore: how the clean bits are kept, see `WeightNoise`.
@@ -46,6 +49,7 @@ class Target:
     row_scale: Tensor | None = None
     key: Tensor | None = None
     backend: str = ""
+    sharded_linear: Callable[..., Tensor] | None = None
     noisy: bool = False
     perturbed: bool = False
     keeper: Keeper | None = None
@@ -56,11 +60,19 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight, outside autograd; looked up each time, because it may be replaced."""
+        """The weight, outside autograd; looked up each time, because it may be replaced.
+
+        Where it is sharded this is the DTensor, and `part` what this rank holds.
+        """
         module, name = self.owners[0]
         weight = getattr(module, name).detach()
         # The ops take nothing without dimensions.
         return weight if weight.dim() else weight.view(1)
+
+    @property
+    def part(self) -> shards.Part:
+        """What this rank holds of the weight."""
+        return shards.part_of(self.weight)
 
     @property
     def elementwise(self) -> bool:
@@ -76,12 +88,12 @@ class Target:
         if not self.perturbed:
             return self.weight
         with _backend.backend(self.backend):
-            clean = self.keeper.clean(self.kept())
-            return clean.view(getattr(*self.owners[0]).shape)
+            return shards.like(self.keeper.clean(self.kept()), getattr(*self.owners[0]))
 
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
         self.backend = backend
+        self.sharded_linear = shards.noisy_linear if shards.is_sharded(self.weight) else None
         for layer in self.layers:
             layer.enter_window(self)
 
@@ -95,28 +107,52 @@ class Target:
                 layer._window = None
 
     def kept(self) -> Kept:
-        """What the keeper takes."""
+        """What the keeper takes: of a sharded weight this rank's part."""
+        part = self.part
         return Kept(
             self.keeper,
-            self.weight,
-            self.row_scale,
+            part.local,
+            part.rows_of(self.row_scale),
             self.key,
             self._largest_scale,
             self.elementwise,
+            part.row,
+            part.col,
         )
 
     def _largest_scale(self) -> Tensor:
-        return _row_scales([self], self.largest)[0]
+        return self.part.rows_of(_row_scales([self], self.largest)[0])
 
     def guard(self) -> None:
         """From here on noise may be written in the weight: an error may leave it half written."""
         self.perturbed = True
+        sharded = shards.is_sharded(self.weight)
         for module, name in self.owners:
+            if sharded:
+                self.hooks.append(module.register_forward_hook(self._watch))
             guard = _Guard(self, name)
             self.hooks.append(module.register_state_dict_post_hook(guard))
             self.hooks.append(module.register_load_state_dict_pre_hook(guard.refuse_load))
             if not self.keeper.survives_casts:
                 module._apply = guard.refuse_cast
+
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Let no backward through this output once the window is closed.
+
+        FSDP gathers weights behind autograd's back, so their version counters tell it nothing.
+        """
+        key, version = self.key, self.key._version
+
+        def refuse_late(grad: Tensor) -> None:
+            if key._version != version:
+                raise RuntimeError(
+                    f"WeightNoise: backward through {self.name} after its window was closed; "
+                    "the weight that it needs is no longer noisy"
+                )
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(refuse_late)
 
     def release(self) -> None:
         """The clean bits are back in the weight."""
@@ -229,7 +265,7 @@ def show(targets: list[Target], mode: str) -> None:
     clean = [target for target in targets if not (target.noisy or target.perturbed)]
     for target in clean:
         with _backend.backend(target.backend):
-            target.keeper = keeper_of(target.restore, target.weight, target.keeper)
+            target.keeper = keeper_of(target.restore, target.part.local, target.keeper)
     for (backend, keeper, _), group in _grouped(clean, _kind):
         with _backend.backend(backend):
             keeper.prepare([target.kept() for target in group])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import _backend
+from flatkern.nn import LoRALinear
+from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.modes import all_writable, best_mode
@@ -105,7 +107,8 @@ class WeightNoise:
                 None: a residual where the backend has kernels for it, else a snapshot.
             schedule: factor of sigma as a function of the 0-based step; None: constant.
             seed: in [0, 2^32).
-            ranks: "same" noise on every rank of torch.distributed, or "independent".
+            ranks: "same" noise on every rank of torch.distributed, or "independent", which sharded
+                weights refuse.
             fisher: the F of strategy "fisher"; whoever passes it keeps it up to date.
 
         Raises:
@@ -134,11 +137,13 @@ class WeightNoise:
         for target in self._targets:
             target.restore = restore
             target.fisher = fisher
+        self._model = model
         self._sigma = sigma
         self._mode = mode
         self._schedule = schedule or constant()
         self._seed = seed
         self._ranks = ranks
+        self._check_shards()
         self._next_step = 0
         self._tables: list[Tensor] = []
         self._open: _Open | None = None
@@ -182,6 +187,8 @@ class WeightNoise:
         key = NoiseKey(self._seed, step, self._draw_word(draw))
         sigma_t = self._sigma_at(step)
         mode = self._mode_for(micro_batches)
+        shards.reshard(self._model)
+        self._check_shards()
         for target in self._targets:
             for layer in target.layers:
                 layer.require_closed(f"open on {target.name}")
@@ -227,6 +234,7 @@ class WeightNoise:
             return
         window.paused = True
         try:
+            shards.reshard(self._model)
             hide(self._targets)
             yield
         finally:
@@ -235,6 +243,7 @@ class WeightNoise:
 
     def _resume(self, window: _Open) -> None:
         try:
+            shards.reshard(self._model)
             show(self._targets, self._open.mode)
             window.paused = False
         except BaseException:
@@ -302,6 +311,29 @@ class WeightNoise:
             return self._mode
         return best_mode(micro_batches, all_writable(self._targets))
 
+    def _check_shards(self) -> None:
+        """Refuse, before anything is sent or written, what would not be the unsharded noise."""
+        for target in self._targets:
+            weight = target.weight
+            if not shards.is_sharded(weight):
+                continue
+            shards.check(_OP, target.name, weight)
+            if self._ranks == "independent":
+                accepted = f"'same' where weights are sharded, as {target.name} is"
+                _check.refuse(_OP, "ranks", accepted, self._ranks)
+            if target.fisher is not None:
+                accepted = f"one that needs no Fisher where weights are sharded, as {target.name}"
+                _check.refuse(_OP, "strategy", accepted, "fisher")
+            for layer in target.layers:
+                # Their scales and forwards take the weight in other ways.
+                own = type(layer).enter_window, type(layer).factors
+                if own != (LoRALinear.enter_window, LoRALinear.factors):
+                    kind = type(layer).__name__.removeprefix("FSDP")
+                    raise TypeError(
+                        f"{_OP}: {target.name} must be of a LoRALinear where it is sharded, "
+                        f"got {kind}"
+                    )
+
     def _draw_word(self, draw: int) -> int:
         _check.kinds(_OP, int, draw=draw)
         if not 0 <= draw < _DRAWS:
@@ -330,6 +362,7 @@ class WeightNoise:
         """End the window; where it is interrupted, calling it again continues."""
         if self._open is None:
             return
+        shards.reshard(self._model)
         # In a few calls; where one is refused, weight by weight, so that the others are restored.
         with contextlib.suppress(Exception):
             hide(self._targets)
