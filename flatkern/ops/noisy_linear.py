@@ -199,8 +199,7 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options
         if lora_A is not None:
             branch_x = x2 if options.get("compute_dtype") is None else base_x
             _adapters(lora_A, lora_B, scaling, **options).add_product(y, branch_x)
-    y = y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return _shaped(y.to(x.dtype), (*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options):
@@ -230,8 +229,12 @@ def _backward(
 
 def _like(result: Tensor, of: Tensor) -> Tensor:
     """`result`, of as many elements, with the dtype and shape of `of`."""
-    result = result.to(of.dtype)
-    return result if of.dim() == 2 else result.view(of.shape)
+    return _shaped(result.to(of.dtype), of.shape)
+
+
+def _shaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A result of ours in another shape, not as a view: autograd lets nobody write those."""
+    return result if result.dim() == len(shape) else torch.ops.aten._unsafe_view(result, shape)
 
 
 def _fake_backward(

@@ -317,6 +317,19 @@ def test_calls_from_several_threads(device):
             tolerances.assert_same_bits(got, alone)
 
 
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
+def test_the_result_may_be_written(device, batch):
+    tensors, scale = make(20, 30, batch)
+    results = []
+    for relu in (torch.relu_, torch.relu):
+        inputs = leaves(tensors, device)
+        y = flatkern.ops.noisy_linear(*inputs.values(), 2.0, scale.to(device), make_key(device))
+        relu(y).sum().backward()
+        results.append([tensor.grad for tensor in inputs.values()])
+    for got, expected in zip(*results, strict=True):
+        tolerances.assert_same_bits(got, expected)
+
+
 def test_backward_twice_through_one_graph(device):
     tensors, scale = make(20, 30, (4,))
     inputs = leaves(tensors, device)
