@@ -148,6 +148,20 @@ def test_cuda_elementwise(cuda_reports):
         assert_no_spills(report)
 
 
+def test_triton_keeps_up_with_cuda(triton_reports, cuda_reports):
+    """Perturb and restore in place: at most a tenth more instructions an element."""
+    dtypes = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32"}
+    compared = 0
+    for report in cuda_reports:
+        own = re.fullmatch(r"perturb_kernel<(\w+), (\w+), (\w+), false>", report.kernel)
+        if own is None or own[2] != own[3]:
+            continue
+        other = triton_reports[f"{own[1].lower()}_ {dtypes[own[2]]}", report.arch]
+        assert other.per_element <= 1.1 * report.per_element, report
+        compared += 1
+    assert compared == 6 * len({report.arch for report in cuda_reports})
+
+
 def test_cuda_noise(cuda_reports):
     found = [r for r in cuda_reports if r.kernel == "noise_kernel<true>"]
     assert found

@@ -5,12 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.language.target_info import cuda_capability_geq
 
 from flatkern.triton import _launch
 from flatkern.triton.numeric import INTERPRETED
 
 # z = RADIUS sqrt(|log2 u|) (cos, sin): the constant is multiplied into the scale, once per row.
 RADIUS = tl.constexpr((2.0 * 0.6931471805599453) ** 0.5)
+# Of an angle's word, as int32.
+ANGLE = tl.constexpr(3.141592653589793 * 2.0**-31)
 
 
 # Products are of 64 bits, not a high and a low one: they compile to one wide multiply. Helper
@@ -70,25 +73,52 @@ def philox_group(state, group):
     return c0, c1, c2, c3
 
 
+_MULTIPLY_PAIR = tl.constexpr("""{
+    .reg .b64 first, second;
+    mov.b64 first, {$2, $3};
+    mov.b64 second, {$4, $5};
+    mul.rn.f32x2 first, first, second;
+    mov.b64 {$0, $1}, first;
+    }""")
+
+
 @triton.jit
-def _box_muller(a, b, scale):
-    # The product with 2^-32 is exact, so this rounds as often as the specification does.
-    u = tl.fma(a.to(tl.float32), 2.0**-32, 2.0**-33)
-    angle = b.to(tl.int32, bitcast=True).to(tl.float32) * (3.141592653589793 * 2.0**-31)
-    if INTERPRETED:
-        log, cosine, sine = tl.log2(u), tl.cos(angle), tl.sin(angle)
-    else:
-        log = libdevice.fast_log2f(u)
-        cosine, sine = libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
-    radius = tl.sqrt(tl.abs(log)) * scale
-    return radius * cosine, radius * sine
+def _multiply_pair(a, b, c, d):
+    """a c and b d: one instruction from sm_100 on, each product rounded by itself as ever."""
+    return tl.inline_asm_elementwise(
+        _MULTIPLY_PAIR,
+        "=f,=f,f,f,f,f",
+        [a, b, c, d],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
 def _normals(state, group, scale):
+    """scale z / RADIUS of a group's four columns."""
     w0, w1, w2, w3 = philox_group(state, group)
-    z0, z1 = _box_muller(w0, w1, scale)
-    z2, z3 = _box_muller(w2, w3, scale)
+    # The product with 2^-32 is exact, so this rounds as often as the specification does.
+    u = tl.fma(w0.to(tl.float32), 2.0**-32, 2.0**-33)
+    v = tl.fma(w2.to(tl.float32), 2.0**-32, 2.0**-33)
+    a = w1.to(tl.int32, bitcast=True).to(tl.float32)
+    b = w3.to(tl.int32, bitcast=True).to(tl.float32)
+    if INTERPRETED:
+        a, b = a * ANGLE, b * ANGLE
+        r, s = tl.sqrt(tl.abs(tl.log2(u))) * scale, tl.sqrt(tl.abs(tl.log2(v))) * scale
+        return r * tl.cos(a), r * tl.sin(a), s * tl.cos(b), s * tl.sin(b)
+    r = tl.sqrt(tl.abs(libdevice.fast_log2f(u)))
+    s = tl.sqrt(tl.abs(libdevice.fast_log2f(v)))
+    if cuda_capability_geq(10, 0):
+        a, b = _multiply_pair(a, b, ANGLE, ANGLE)
+        r, s = _multiply_pair(r, s, scale, scale)
+        z0, z2 = _multiply_pair(r, s, libdevice.fast_cosf(a), libdevice.fast_cosf(b))
+        z1, z3 = _multiply_pair(r, s, libdevice.fast_sinf(a), libdevice.fast_sinf(b))
+    else:
+        a, b, r, s = a * ANGLE, b * ANGLE, r * scale, s * scale
+        z0, z1 = r * libdevice.fast_cosf(a), r * libdevice.fast_sinf(a)
+        z2, z3 = s * libdevice.fast_cosf(b), s * libdevice.fast_sinf(b)
     return z0, z1, z2, z3
 
 
