@@ -7,7 +7,6 @@ from torch import nn
 
 from flatkern.methods._windowed import Windowed
 from flatkern.noise import Fisher
-from flatkern.noise.schedules import Schedule
 
 
 class ARWP(Windowed):
@@ -29,21 +28,17 @@ class ARWP(Windowed):
         sigma: float = 1e-3,
         eta: float = 0.1,
         beta: float = 0.99,
-        schedule: Schedule | None = None,
         strategy: str = "fisher",
         scope: str = "trainable",
-        mode: str = "virtual",
-        seed: int = 0,
-        ranks: str = "same",
         **options: Any,
     ) -> None:
         """Perturb every trainable parameter, unless `scope` says otherwise.
 
         Args:
-            model, optimizer, options: see `Method`.
-            sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`; no
-                strategy but "fisher" is accepted.
+            model, optimizer: see `Method`.
+            sigma, strategy, scope: see `flatkern.WeightNoise`; strategy must be "fisher".
             eta, beta: see `flatkern.Fisher`.
+            options: schedule, mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`, `flatkern.WeightNoise` and `flatkern.Fisher`; a
@@ -53,12 +48,8 @@ class ARWP(Windowed):
             model,
             optimizer,
             sigma=sigma,
-            schedule=schedule,
             strategy=strategy,
             scope=scope,
-            mode=mode,
-            seed=seed,
-            ranks=ranks,
             fisher=Fisher(eta, beta),
             **options,
         )

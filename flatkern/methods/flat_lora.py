@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from flatkern.methods._windowed import Windowed
-from flatkern.noise.schedules import Schedule
 
 
 class FlatLoRA(Windowed):
@@ -26,20 +25,17 @@ class FlatLoRA(Windowed):
         optimizer: torch.optim.Optimizer,
         *,
         sigma: float = 0.05,
-        schedule: Schedule | None = None,
         strategy: str = "flat_lora",
         scope: str = "merged",
-        mode: str = "virtual",
-        seed: int = 0,
-        ranks: str = "same",
         **options: Any,
     ) -> None:
         """Take a model with `LoRALinear` layers and the optimizer of its trainable parameters.
 
         Args:
-            model, optimizer, options: see `Method`.
-            sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`.
+            model, optimizer: see `Method`.
+            sigma, strategy, scope: see `flatkern.WeightNoise`.
                 0.05 to 0.15 is the paper's range for sigma; it ramps with `cosine_ramp`.
+            options: schedule, mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method` and `flatkern.WeightNoise`.
@@ -48,11 +44,7 @@ class FlatLoRA(Windowed):
             model,
             optimizer,
             sigma=sigma,
-            schedule=schedule,
             strategy=strategy,
             scope=scope,
-            mode=mode,
-            seed=seed,
-            ranks=ranks,
             **options,
         )

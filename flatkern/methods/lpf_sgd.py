@@ -30,19 +30,17 @@ class LPFSGD(Windowed):
         schedule: Schedule | None = None,
         strategy: str = "row",
         scope: str = "trainable",
-        mode: str = "virtual",
-        seed: int = 0,
-        ranks: str = "same",
         **options: Any,
     ) -> None:
         """Perturb every trainable parameter, unless `scope` says otherwise.
 
         Args:
-            model, optimizer, options: see `Method`.
+            model, optimizer: see `Method`.
             sigma: strength at the start; the published code has M = 8 with 5e-4, M = 1 with 2e-3.
             alpha, total_steps: of `flatkern.lpf`, the schedule if `total_steps` is given.
             schedule: instead of those; None without `total_steps`: constant.
-            strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`.
+            strategy, scope: see `flatkern.WeightNoise`.
+            options: mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`, `flatkern.lpf` and `flatkern.WeightNoise`; both a
@@ -60,9 +58,6 @@ class LPFSGD(Windowed):
             schedule=schedule,
             strategy=strategy,
             scope=scope,
-            mode=mode,
-            seed=seed,
-            ranks=ranks,
             **options,
         )
 

@@ -10,7 +10,6 @@ from flatkern.methods._contexts import still_statistics
 from flatkern.methods._windowed import Windowed
 from flatkern.methods.base import LossFn
 from flatkern.noise import Fisher
-from flatkern.noise.schedules import Schedule
 from flatkern.ops import _check
 
 SPLITS = ("halves", "last")
@@ -32,12 +31,8 @@ class MixedRWP(Windowed):
         sigma: float = 0.01,
         lam: float = 0.5,
         split: str = "halves",
-        schedule: Schedule | None = None,
         strategy: str = "row",
         scope: str = "trainable",
-        mode: str = "virtual",
-        seed: int = 0,
-        ranks: str = "same",
         eta: float = 0.1,
         beta: float = 0.99,
         **options: Any,
@@ -45,12 +40,13 @@ class MixedRWP(Windowed):
         """Perturb every trainable parameter, unless `scope` says otherwise.
 
         Args:
-            model, optimizer, options: see `Method`.
-            sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`.
+            model, optimizer: see `Method`.
+            sigma, strategy, scope: see `flatkern.WeightNoise`.
             lam: weight of the noisy gradient, in [0, 1].
             split: which micro-batches are which. "halves": the first half clean, the second
                 noisy, an odd one in the middle both. "last" (RWP-LoRA): all clean, the last noisy.
             eta, beta: of `flatkern.Fisher`, for strategy "fisher".
+            options: schedule, mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`, `flatkern.WeightNoise` and `flatkern.Fisher`; a
@@ -61,12 +57,8 @@ class MixedRWP(Windowed):
             model,
             optimizer,
             sigma=sigma,
-            schedule=schedule,
             strategy=strategy,
             scope=scope,
-            mode=mode,
-            seed=seed,
-            ranks=ranks,
             fisher=fisher if strategy == "fisher" else None,
             **options,
         )

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from flatkern.methods._windowed import Windowed
-from flatkern.noise.schedules import Schedule
 
 
 class RWP(Windowed):
@@ -23,19 +22,16 @@ class RWP(Windowed):
         optimizer: torch.optim.Optimizer,
         *,
         sigma: float = 0.0015,
-        schedule: Schedule | None = None,
         strategy: str = "gaussian",
         scope: str = "trainable",
-        mode: str = "virtual",
-        seed: int = 0,
-        ranks: str = "same",
         **options: Any,
     ) -> None:
         """Perturb every trainable parameter, unless `scope` says otherwise.
 
         Args:
-            model, optimizer, options: see `Method`.
-            sigma, schedule, strategy, scope, mode, seed, ranks: see `flatkern.WeightNoise`.
+            model, optimizer: see `Method`.
+            sigma, strategy, scope: see `flatkern.WeightNoise`.
+            options: schedule, mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method` and `flatkern.WeightNoise`.
@@ -44,11 +40,7 @@ class RWP(Windowed):
             model,
             optimizer,
             sigma=sigma,
-            schedule=schedule,
             strategy=strategy,
             scope=scope,
-            mode=mode,
-            seed=seed,
-            ranks=ranks,
             **options,
         )
