@@ -182,7 +182,7 @@ def noisy_linear(
     key: Tensor,
     **options: Any,
 ) -> Tensor:
-    """`torch.ops.flatkern.noisy_linear` of a weight that may be cut into shards in this forward.
+    """`call_noisy_linear` of a weight that may be cut into shards in this forward.
 
     Tensor parallelism: of rows, each rank returns its features; of columns, its term of the sum,
     the first rank's with the bias.
@@ -192,11 +192,10 @@ def noisy_linear(
         row_scale: of the whole weight.
         The others are those of the op.
     """
-    run = call_noisy_linear
     if not is_sharded(weight):
         # FSDP gathers the weight for the forward, and again for the backward.
         operands = x, weight, bias, lora_A, lora_B
-        return run(*operands, scaling, row_scale, key, **options)
+        return call_noisy_linear(*operands, scaling, row_scale, key, **options)
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh, placements = weight.device_mesh, weight.placements
@@ -221,7 +220,7 @@ def noisy_linear(
     own_bias = own(bias, 0 if by_rows else None)
     if own_bias is not None and by_cols and mesh.get_local_rank() > 0:
         own_bias = own_bias * 0
-    y = run(
+    y = call_noisy_linear(
         own(x, last if by_cols else None),
         weight.to_local(),
         own_bias,
