@@ -67,7 +67,7 @@ FLATKERN_INLINE VFloat minus_two_log(VFloat x) {
   const VFloat halvings = __builtin_convertvector((VInt)((32u << 23) - power), VFloat);
   const VFloat q = polynomial(f, -0.23792216f, 0.37335710f, -0.40992658f, 0.49819488f, -0.66629018f,
                               1.00002226f, -2.00000195f);
-  return halvings * (1.38629436f * 0x1p-23f) + f * q;
+  return multiply_add(halvings, splat(1.38629436f * 0x1p-23f), f * q);
 }
 
 // sqrt(-2 ln u)
@@ -92,7 +92,7 @@ FLATKERN_INLINE Normals turned(VFloat radius, VUint word) {
                                   2.22144142f);
   const VFloat c =
       polynomial(v2, 0.00120544169f, -0.0294122108f, 0.358702524f, -1.74470893f, 1.41421321f);
-  return {radius * (1.0f - s * s), radius * (s * c)};
+  return {radius * multiply_add(-s, s, splat(1.0f)), radius * (s * c)};
 }
 
 __attribute__((noinline)) static void fill(Batch& batch, const PhiloxRow& r, uint32_t group,

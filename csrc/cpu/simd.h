@@ -1,8 +1,8 @@
 // Vectors of the width that the including file's instruction set has. Included by isa_*.cpp alone,
 // after FLATKERN_ISA (a namespace) and FLATKERN_VECTOR_BYTES are set and the target is switched.
 //
-// Plain vector extensions but for the few operations that compilers miss. No operation here is
-// contracted or approximated, so every width gives the same bits.
+// Plain vector extensions but for the few operations that compilers miss. Nothing is approximated,
+// and fused only by multiply_add, so every width gives the same bits.
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
@@ -45,22 +45,25 @@ FLATKERN_INLINE VUint64 multiply_low(VUint64 a, VUint64 b) {
 #endif
 }
 
-// a b + c, fused where the instruction set has it.
+// a b + c, rounded once where the instruction set can: everywhere but on x86 without FMA.
 FLATKERN_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
 #if defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 64
   return (VFloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__x86_64__) && FLATKERN_VECTOR_BYTES == 32
   return (VFloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #else
   return a * b + c;
 #endif
 }
 
-// Horner's scheme from the highest coefficient on, each product and sum rounded.
+// Horner's scheme from the highest coefficient on.
 template <class... Rest>
 FLATKERN_INLINE VFloat polynomial(VFloat x, float leading, Rest... rest) {
   VFloat sum = splat(leading);
-  ((sum = sum * x + rest), ...);
+  ((sum = multiply_add(sum, x, splat(rest))), ...);
   return sum;
 }
 

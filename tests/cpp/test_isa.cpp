@@ -1,5 +1,5 @@
-// Every instruction set gives the bits of the portable kernels; row norms, which fuse where they
-// can, agree bit for bit between AVX2 and AVX-512 and to a few ulps with the portable ones.
+// Every instruction set gives the bits of the portable kernels, compiled here with fused
+// multiply-add as the others are.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -135,10 +135,8 @@ void compare(const Kernels& k, const Kernels& base) {
         expect(run(k) == run(base), "restore", k.name, cols);
       }
       const Adapters a = adapters_of(cols, 5);
-      const auto norm = norms(k, tame, from, cols, a), plain = norms(base, tame, from, cols, a);
-      for (int64_t i = 0; i < kRows; ++i) {
-        expect(std::fabs(norm[i] / plain[i] - 1) < 1e-6f, "row_norm", k.name, cols);
-      }
+      expect(norms(k, tame, from, cols, a) == norms(base, tame, from, cols, a), "row_norm", k.name,
+             cols);
       check_merged(k, tame, from, cols, a);
     }
   }
@@ -155,17 +153,8 @@ int main() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512vl");
   if (avx2) compare(*avx2_kernels(), base);
   if (avx2) std::printf(" avx2");
-  if (avx512) {
-    compare(*avx512_kernels(), base);
-    for (const int64_t cols : kColumns) {
-      const auto weight = random_weights(kRows * cols, Dtype::kBFloat16, true, 4);
-      const Adapters a = adapters_of(cols, 8);
-      expect(norms(*avx512_kernels(), weight, Dtype::kBFloat16, cols, a) ==
-                 norms(*avx2_kernels(), weight, Dtype::kBFloat16, cols, a),
-             "row_norm, AVX2 and AVX-512", "avx512", cols);
-    }
-    std::printf(" avx512");
-  }
+  if (avx512) compare(*avx512_kernels(), base);
+  if (avx512) std::printf(" avx512");
 #endif
   std::printf(": %d failures\n", failures);
   return failures != 0;
