@@ -9,52 +9,14 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import adapted, bits, llama, same_bits, tokens
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from tiny_trainer import ACCUMULATION, MODES, SIGMA, is_base, trainer_of
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import flatkern
 from flatkern.integrations.peft import attach
 from flatkern.integrations.transformers import FlatLoRACallback
 from flatkern.nn import replace_linear
-
-SIGMA = 0.3
-ACCUMULATION = 3
-EXAMPLES = 16  # 8 micro-batches of 2: groups of 3, 3 and 2
-MODES = ("virtual", "inplace")
-
-
-def dataset(count=EXAMPLES):
-    data = tokens(count)
-    return [{name: value[i] for name, value in data.items()} for i in range(count)]
-
-
-def trainer_of(folder, model, flat=None, callbacks=(), kind=Trainer, **options):
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 4,
-    } | options
-    trainer = kind(
-        model=model,
-        args=TrainingArguments(str(folder), **options),
-        train_dataset=dataset(),
-        eval_dataset=dataset(4),
-        callbacks=list(callbacks),
-    )
-    if flat is not None:
-        flat.add_to(trainer)
-    return trainer
-
-
-def is_base(name):
-    return "lora_" not in name
 
 
 class Spy(TrainerCallback):
