@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -107,10 +109,11 @@ class MethodTrainerMixin:
         scaler = self.accelerator.scaler
         self.method = self._make_method(self.model, accelerated.optimizer, scaler=scaler)
 
-        def step(closure: None = None) -> None:
+        def step(accelerated: AcceleratedOptimizer, closure: None = None) -> None:
             accelerated._is_overflow = not self.method.update()
 
-        accelerated.step = step
+        # Bound, because learning rate schedulers take the function out of it.
+        accelerated.step = MethodType(step, accelerated)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -16,6 +16,9 @@ from flatkern import methods
 from flatkern.integrations.transformers import MethodTrainerMixin
 from flatkern.nn import replace_linear
 
+# Schedulers say so when they no longer see the optimizer step.
+pytestmark = pytest.mark.filterwarnings("error:.*lr_scheduler")
+
 LR = 0.1
 CLIP = 0.5
 
@@ -109,9 +112,12 @@ def test_the_baseline_is_the_plain_trainer(tmp_path):
     # The same sums; loss * 3 / 3 rounds once more.
     for name, value in bits(plain).items():
         torch.testing.assert_close(bits(model)[name], value, rtol=1e-4, atol=1e-6)
-    keys = ("loss", "grad_norm", "learning_rate")
-    for one, two in zip(trainer.state.log_history, other.state.log_history, strict=True):
-        assert [one.get(k) for k in keys] == pytest.approx([two.get(k) for k in keys], rel=1e-4)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        one, two = (
+            [entry[key] for entry in each.state.log_history if key in entry]
+            for each in (trainer, other)
+        )
+        assert one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.parametrize("case", ["SAM", "EFMLoRA", "MeZO"])
@@ -158,7 +164,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(tmp_path):
     assert state["mean"]
     assert same_bits(state["mean"], state_after["mean"])
     # The learning rate waits as well.
-    assert trainer.lr_scheduler.scheduler.last_epoch == 5
+    assert trainer.lr_scheduler.last_epoch == 5
 
 
 def test_an_exception_between_the_passes_leaves_the_weights_as_they_were(tmp_path):
