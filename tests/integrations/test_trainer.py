@@ -277,30 +277,46 @@ def test_an_early_stop_closes_the_window(tmp_path, where):
     assert same_bits(bits(model, is_base), before)
 
 
-def test_a_step_that_the_scaler_skips_restores_as_well(tmp_path):
-    class Skipping(torch.optim.SGD):
-        """What a GradScaler does on infinite gradients: `step` is never reached."""
-
-        def step(self, closure=None):
-            for group in self.param_groups:
-                if not all(p.grad.isfinite().all() for p in group["params"]):
-                    skipped.append(True)
-                    return
-            super().step()
-
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_the_scaler_skips_restores_as_well(tmp_path, mode):
+    # The optimizer's own hooks never fire then.
     class Overflow(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             if state.global_step == 1:
                 next(p for p in model.parameters() if p.requires_grad).grad.fill_(torch.inf)
 
+        def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            skipped.append(optimizer.step_was_skipped)
+
     skipped = []
     model = adapted()
     before = bits(model, is_base)
-    flat = FlatLoRACallback(sigma=SIGMA, mode="inplace", schedule="constant")
-    trainer = trainer_of(tmp_path, model, flat, [Overflow()])
-    trainer.optimizer = Skipping([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    flat = FlatLoRACallback(sigma=SIGMA, mode=mode, schedule="constant")
+    # A fused optimizer would look at the scaler itself.
+    options = {"num_train_epochs": 1, "max_grad_norm": 0, "optim": "adamw_torch"}
+    trainer = trainer_of(tmp_path, model, flat, [Overflow()], **options)
+    # accelerate makes one only where there is a GPU.
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     trainer.train()
-    assert skipped == [True]
+    assert skipped == [False, True, False]
+    assert scaler.get_scale() == 2.0
+    assert same_bits(bits(model, is_base), before)
+
+
+@pytest.mark.parametrize(("accumulation", "writes"), [(1, False), (ACCUMULATION, True)])
+def test_auto_goes_by_the_accumulation(tmp_path, accumulation, writes):
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            written.append(not same_bits(bits(model, is_base), before))
+
+    written = []
+    model = llama()
+    replace_linear(model, ["q_proj", "v_proj"], r=4)
+    before = bits(model, is_base)
+    flat = FlatLoRACallback(sigma=SIGMA, mode="auto", schedule="constant")
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 2}
+    trainer_of(tmp_path, model, flat, [Look()], **options).train()
+    assert written == [writes] * 2
     assert same_bits(bits(model, is_base), before)
 
 
