@@ -52,7 +52,7 @@ class MethodTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; the optimizer is prepared by now, so that the method can be made."""
+        """The Trainer's; the method comes first: the scheduler wraps the optimizer's step."""
         self._bind()
         return super().create_scheduler(*args, **kwargs)
 
@@ -99,13 +99,15 @@ class MethodTrainerMixin:
 
     def _bind(self) -> None:
         """Make the method, and let the optimizer's step be its update."""
-        accelerated = self.optimizer
-        if self.method is not None and self.method.optimizer is accelerated.optimizer:
-            return
         kind = self.accelerator.distributed_type
         if kind not in _DISTRIBUTED:
-            accepted = f"one of {[str(kind.value) for kind in _DISTRIBUTED]}"
+            accepted = f"one of {[each.value for each in _DISTRIBUTED]}"
             _check.refuse(_OP, "distributed_type", accepted, kind)
+        accelerated = self.optimizer
+        if not isinstance(accelerated, AcceleratedOptimizer):
+            return  # Older versions prepare it after the scheduler is made.
+        if self.method is not None and self.method.optimizer is accelerated.optimizer:
+            return
         scaler = self.accelerator.scaler
         self.method = self._make_method(self.model, accelerated.optimizer, scaler=scaler)
 
@@ -121,6 +123,7 @@ class MethodTrainerMixin:
             torch.save(self.method.state_dict(), os.path.join(output_dir, _FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._bind()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and os.path.isfile(path := os.path.join(checkpoint, _FILE)):
             self.method.load_state_dict(torch.load(path, weights_only=True))

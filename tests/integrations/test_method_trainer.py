@@ -9,7 +9,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from tiny import adapted, bits, llama, same_bits
-from tiny_trainer import trainer_of
+from tiny_trainer import items, trainer_of
 from transformers import Trainer
 
 from flatkern import methods
@@ -90,7 +90,7 @@ def test_training_is_the_method_s_own(tmp_path, case):
         for size in (3, 3, 2):
             group, order = order[:size], order[size:]
             # The mean over the tokens of all micro-batches, as the Trainer takes it.
-            count = sum((batch["labels"][:, 1:] != -100).sum() for batch in group)
+            count = items(trainer, group)
 
             def loss_fn(batch, count=count, size=size):
                 return twin(**batch, num_items_in_batch=count).loss * size
@@ -188,6 +188,10 @@ def test_an_exception_between_the_passes_leaves_the_weights_as_they_were(tmp_pat
     assert "backward" not in vars(trainer.accelerator)
 
 
-def test_what_is_no_method_is_refused(tmp_path):
+def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="method"):
         MethodTrainer(model=llama(), method="SAM")
+    trainer, _ = method_trainer(tmp_path, llama(), methods.SAM)
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "distributed_type", "FSDP")
+    with pytest.raises(ValueError, match="distributed_type must be one of"):
+        trainer.create_scheduler(1)

@@ -9,7 +9,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import adapted, bits, llama, same_bits, tokens
-from tiny_trainer import ACCUMULATION, MODES, SIGMA, is_base, trainer_of
+from tiny_trainer import ACCUMULATION, MODES, SIGMA, is_base, items, trainer_of
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -94,9 +94,10 @@ def test_training_is_the_plain_loop(tmp_path):
     twin = adapted()
     twin.load_state_dict(kept["after"], strict=False)
     noise = attach(twin, SIGMA, seed=5, schedule=flatkern.cosine_ramp(3))
+    count = items(trainer, order[3:6])
     with noise.window(step=1):
         for batch in order[3:6]:
-            (twin(**batch).loss / ACCUMULATION).backward()
+            twin(**batch, num_items_in_batch=count).loss.backward()
     grads = [p.grad for p in twin.parameters() if p.requires_grad]
     for one, other in zip(kept["grads"], grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -130,10 +131,11 @@ def test_evaluation_and_files_are_clean_inside_a_window(tmp_path):
             noisy = model(**tokens()).loss
             seen["inside"] = flat.noise.active
             seen["metrics"] = trainer.evaluate()["eval_loss"]
+            with flat.noise.paused():
+                seen["clean"] = trainer.evaluate()["eval_loss"]
             model.eval()
             seen["generated"] = model.generate(tokens()["input_ids"], max_new_tokens=3)
             with flat.noise.paused():
-                seen["clean"] = model(**tokens(4)).loss.item()
                 seen["by_hand"] = model.generate(tokens()["input_ids"], max_new_tokens=3)
             model.train()
             seen["again"] = torch.equal(model(**tokens()).loss, noisy)
@@ -146,7 +148,7 @@ def test_evaluation_and_files_are_clean_inside_a_window(tmp_path):
     trainer.train()
     assert seen["inside"]
     assert seen["again"]
-    assert seen["metrics"] == pytest.approx(seen["clean"], rel=1e-6)
+    assert seen["metrics"] == seen["clean"]
     assert torch.equal(seen["generated"], seen["by_hand"])
     saved = load_file(tmp_path / "inside" / "adapter_model.safetensors")
     assert saved
@@ -262,11 +264,10 @@ def test_an_early_stop_closes_the_window(tmp_path, where):
     spy = Spy(flat)
     callbacks = [Stop(), spy]
     if where == "epoch":
-        callbacks = [EarlyStoppingCallback(1)]
+        callbacks = [EarlyStoppingCallback(1, early_stopping_threshold=100.0)]
         options |= {
             "eval_strategy": "epoch",
             "load_best_model_at_end": True,
-            "learning_rate": 10.0,
             "num_train_epochs": 5,
         }
     trainer = trainer_of(tmp_path, model, flat, callbacks, **options)
@@ -316,6 +317,8 @@ def test_auto_goes_by_the_accumulation(tmp_path, accumulation, writes):
     flat = FlatLoRACallback(sigma=SIGMA, mode="auto", schedule="constant")
     options = {"gradient_accumulation_steps": accumulation, "max_steps": 2}
     trainer_of(tmp_path, model, flat, [Look()], **options).train()
+    if "cpu" not in flatkern.available_backends("cpu"):
+        writes = False  # There is no kernel for the residual.
     assert written == [writes] * 2
     assert same_bits(bits(model, is_base), before)
 

@@ -41,3 +41,8 @@ def trainer_of(folder, model, flat=None, callbacks=(), kind=Trainer, **options):
 
 def is_base(name):
     return "lora_" not in name
+
+
+def items(trainer, group):
+    """The tokens of a step's micro-batches as the Trainer counts them, which versions differ in."""
+    return trainer.get_batch_samples(iter(group), len(group), trainer.args.device)[1]
