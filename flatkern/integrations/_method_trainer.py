@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from flatkern.methods import MeZO
 from flatkern.methods.base import Method
 from flatkern.ops import _check
 
@@ -110,6 +111,10 @@ class MethodTrainerMixin:
             return
         scaler = self.accelerator.scaler
         self.method = self._make_method(self.model, accelerated.optimizer, scaler=scaler)
+        if isinstance(self.method, MeZO) and self.accelerator.num_processes > 1:
+            # There is no backward in which DDP would average.
+            accepted = "one that runs backward where there are several processes"
+            _check.refuse(_OP, "method", accepted, "MeZO")
 
         def step(accelerated: AcceleratedOptimizer, closure: None = None) -> None:
             accelerated._is_overflow = not self.method.update()
