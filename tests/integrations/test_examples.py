@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 for package in ("peft", "transformers", "accelerate"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -13,20 +14,51 @@ ROOT = Path(__file__).parents[2]
 MAX_LINES = 60
 
 
-@pytest.mark.parametrize("page", ["peft", "trainer"])
-def test_the_page_s_example_runs(page, tmp_path, monkeypatch):
+def run_page(page, folder, monkeypatch):
+    """What a page's blocks of Python leave behind, run one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
-    assert len(blocks) == 1
-    monkeypatch.chdir(tmp_path)
+    assert blocks
+    monkeypatch.chdir(folder)
     names = {}
-    exec(compile(blocks[0], f"{page}.md", "exec"), names)
-    assert not any("_flatkern_site" in module.__dict__ for module in names["model"].modules())
-    if page == "peft":
-        assert names["noise"].step == len(names["steps"])
-        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    else:
-        assert names["trainer"].state.global_step == 6
-        assert all("noise_sigma" in e for e in names["trainer"].state.log_history if "loss" in e)
+    for block in blocks:
+        exec(compile(block, f"{page}.md", "exec"), names)
+    return names
+
+
+def has_sites(model):
+    return any("_flatkern_site" in module.__dict__ for module in model.modules())
+
+
+def sigmas(trainer):
+    return [entry["noise_sigma"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_page_on_peft(tmp_path, monkeypatch):
+    names = run_page("peft", tmp_path, monkeypatch)
+    assert not has_sites(names["model"])
+    assert names["noise"].step == len(names["steps"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_on_trainer(tmp_path, monkeypatch):
+    names = run_page("trainer", tmp_path, monkeypatch)
+    assert not has_sites(names["model"])
+    assert names["trainer"].state.global_step == 6
+    assert len(sigmas(names["trainer"])) == 6
+    assert names["sam_trainer"].state.global_step == 6
+
+
+def test_the_page_on_lightning(tmp_path, monkeypatch):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    names = run_page("lightning", tmp_path, monkeypatch)
+    assert names["trainer"].global_step == 6
+    assert names["trainer"].logged_metrics["noise_sigma"] > 0
+
+
+def test_the_page_on_accelerate(tmp_path, monkeypatch):
+    noise = run_page("accelerate", tmp_path, monkeypatch)["noise"]
+    assert noise.step == 6
+    assert not noise.active
 
 
 def example(name):
@@ -50,5 +82,36 @@ def test_minilm_under_peft_and_trainer():
     arguments |= {"use_cpu": True, "logging_steps": 1}
     accuracy, trainer = example("peft_trainer").train(texts, labels, texts, labels, **arguments)
     assert 0 <= accuracy <= 1
-    sigmas = [e["noise_sigma"] for e in trainer.state.log_history if "loss" in e]
-    assert sigmas == [0, pytest.approx(0.15)]
+    assert sigmas(trainer) == [0, pytest.approx(0.15)]
+
+
+def test_sft_on_a_tiny_model(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed")
+    options = {"max_steps": 2, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    trainer = example("sft").main(str(tmp_path), save_strategy="no", **options)
+    assert sigmas(trainer) == [0, pytest.approx(0.025)]
+
+
+def test_lightning(tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = example("lightning_module").main(
+        str(tmp_path), enable_progress_bar=False, enable_model_summary=False, **options
+    )
+    assert trainer.global_step == 9
+    assert trainer.callback_metrics["noise_sigma"] > 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_loop_with_accelerate(tmp_path):
+    noise = example("accelerate_loop").main(str(tmp_path), cpu=True)
+    assert noise.step == 9
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_plain_loop_resumes_with_the_same_bits(tmp_path):
+    train = example("plain_loop").train
+    whole = train(tmp_path / "whole").state_dict()
+    train(tmp_path / "halves", stop=9)
+    halves = train(tmp_path / "halves").state_dict()
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)

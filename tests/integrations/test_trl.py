@@ -1,4 +1,4 @@
-"""FlatLoRACallback under TRL's SFTTrainer, which recomputes activations by default."""
+"""FlatLoRACallback and methods under TRL's SFTTrainer, which recomputes activations by default."""
 
 import pytest
 
@@ -12,7 +12,8 @@ from tiny import bits, llama, same_bits, tokens
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from flatkern.integrations.transformers import FlatLoRACallback
+from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
+from flatkern.methods import SAM
 
 
 def vocabulary():
@@ -26,15 +27,12 @@ def vocabulary():
     )
 
 
-@pytest.mark.parametrize("mode", ["virtual", "inplace"])
-def test_supervised_fine_tuning(tmp_path, mode):
-    base = llama()
-    before = bits(base)
+def trainer_of(folder, base, kind=SFTTrainer, **options):
     rows = tokens(16)["input_ids"].clamp(max=61).tolist()
     # A fingerprint of its own: to compute one, some versions of datasets pickle all of pyarrow.
     examples = Dataset(InMemoryTable.from_pydict({"input_ids": rows}), fingerprint="tiny")
     arguments = SFTConfig(
-        str(tmp_path),
+        str(folder),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=3,
         num_train_epochs=1,
@@ -46,17 +44,31 @@ def test_supervised_fine_tuning(tmp_path, mode):
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = SFTTrainer(
+    return kind(
         model=base,
         args=arguments,
         train_dataset=examples,
         processing_class=vocabulary(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        **options,
     )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("mode", ["virtual", "inplace"])
+def test_supervised_fine_tuning(tmp_path, mode):
+    base = llama()
+    before = bits(base)
+    trainer = trainer_of(tmp_path, base)
     FlatLoRACallback(sigma=0.3, seed=0, mode=mode).add_to(trainer)
     trainer.train()
-    sigmas = [e["noise_sigma"] for e in trainer.state.log_history if "loss" in e]
-    assert sigmas == pytest.approx([0, 0.075, 0.225])
+    assert logged(trainer, "noise_sigma") == pytest.approx([0, 0.075, 0.225])
+    rises = logged(trainer, "noise_loss_rise")
+    assert rises[0] == 0
+    assert 0 not in rises[1:]
     after = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): value
         for name, value in bits(trainer.model, lambda name: "lora_" not in name).items()
@@ -64,3 +76,22 @@ def test_supervised_fine_tuning(tmp_path, mode):
     after = {name: value.to(before[name].dtype) for name, value in after.items()}
     assert same_bits(after, before)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_sam_s_two_passes(tmp_path):
+    class SAMTrainer(MethodTrainerMixin, SFTTrainer):
+        pass
+
+    passes = []
+
+    class Counting(SAM):
+        def add_gradient(self, *args, **kwargs):
+            passes.append(trainer.state.global_step)
+            return super().add_gradient(*args, **kwargs)
+
+    trainer = trainer_of(tmp_path, llama(), SAMTrainer, method=Counting)
+    before = bits(trainer.model)
+    trainer.train()
+    assert passes == [0] * 6 + [1] * 6 + [2] * 4
+    changed = {k for k, v in bits(trainer.model).items() if not torch.equal(v, before[k])}
+    assert changed == {k for k in before if "lora_" in k}

@@ -1,0 +1,134 @@
+"""Methods of `flatkern.methods` as the optimizer step of transformers' Trainer."""
+
+import os
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from flatkern.methods import MeZO
+from flatkern.methods.base import Method
+from flatkern.ops import _check
+
+_OP = "MethodTrainerMixin"
+_FILE = "method.pt"
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class MethodTrainerMixin:
+    """Mix in before a Trainer: its optimizer steps become those of a method, such as SAM's two.
+
+        class SAMTrainer(MethodTrainerMixin, Trainer): ...
+
+        trainer = SAMTrainer(model=model, args=args, ..., method=functools.partial(SAM, rho=0.05))
+
+    The method gets all micro-batches of a step together, a short last group included, so that
+    every pass runs over the same ones; they run where the Trainer has the last of them. Losses,
+    their scaling by tokens and micro-batches, autocast, clipping, the GradScaler, the log and the
+    learning rate remain the Trainer's. What the method remembers is saved in checkpoints.
+
+    Attributes:
+        method: the method of the training that is under way; None before.
+    """
+
+    def __init__(self, *args: Any, method: Callable[..., Method], **kwargs: Any) -> None:
+        """Take a Trainer's arguments and a method.
+
+        Args:
+            args, kwargs: the Trainer's.
+            method: a class of `flatkern.methods`, or a `functools.partial` of one; called as
+                `method(model, optimizer, scaler=...)` when training begins.
+
+        Raises:
+            TypeError: `method` cannot be called.
+        """
+        _check.kinds(_OP, Callable, method=method)
+        self._make_method = method
+        self.method: Method | None = None
+        self._in_eval = False
+        super().__init__(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; the method comes first: the scheduler wraps the optimizer's step."""
+        self._bind()
+        return super().create_scheduler(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's: the micro-batches of a step, which the method needs together."""
+        self._group, items = super().get_batch_samples(*args, **kwargs)
+        return self._group, items
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The method's gradient for the last micro-batch of a step; nothing for those before."""
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        # A method divides by the number of micro-batches, and the Trainer has done so.
+        count = len(self._group)
+        loss = self.method.gradient(
+            lambda batch: self._scaled_loss(model, batch, num_items_in_batch) * count, self._group
+        )
+        return torch.tensor(loss, device=self.args.device)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, also for a method that runs in eval mode."""
+        if self._in_eval:
+            model.eval()
+        return super().compute_loss(model, *args, **kwargs)
+
+    def _scaled_loss(self, model: nn.Module, batch: dict[str, Any], items: Any) -> Tensor:
+        """What the Trainer's own `training_step` runs backward from."""
+        losses = []
+        accelerator = self.accelerator
+        accelerator.backward = lambda loss, **kwargs: losses.append(loss)
+        # The Trainer's step calls train(), whatever mode the method chose.
+        self._in_eval = not model.training
+        try:
+            super().training_step(model, batch, items)
+        finally:
+            self._in_eval = False
+            del accelerator.backward
+        return losses[0]
+
+    def _bind(self) -> None:
+        """Make the method, and let the optimizer's step be its update."""
+        kind = self.accelerator.distributed_type
+        if kind not in _DISTRIBUTED:
+            accepted = f"one of {[each.value for each in _DISTRIBUTED]}"
+            _check.refuse(_OP, "distributed_type", accepted, kind)
+        accelerated = self.optimizer
+        if not isinstance(accelerated, AcceleratedOptimizer):
+            return  # Older versions prepare it after the scheduler is made.
+        if self.method is not None and self.method.optimizer is accelerated.optimizer:
+            return
+        scaler = self.accelerator.scaler
+        self.method = self._make_method(self.model, accelerated.optimizer, scaler=scaler)
+        if isinstance(self.method, MeZO) and self.accelerator.num_processes > 1:
+            # There is no backward in which DDP would average.
+            accepted = "one that runs backward where there are several processes"
+            _check.refuse(_OP, "method", accepted, "MeZO")
+
+        def step(accelerated: AcceleratedOptimizer, closure: None = None) -> None:
+            accelerated._is_overflow = not self.method.update()
+
+        # Bound, because learning rate schedulers take the function out of it.
+        accelerated.step = MethodType(step, accelerated)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self.method.state_dict(), os.path.join(output_dir, _FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._bind()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and os.path.isfile(path := os.path.join(checkpoint, _FILE)):
+            self.method.load_state_dict(torch.load(path, weights_only=True))

@@ -1,0 +1,48 @@
+"""transformers' Trainer on the tiny models: short runs with accumulation and a short last group."""
+
+from tiny import tokens
+from transformers import Trainer, TrainingArguments
+
+SIGMA = 0.3
+ACCUMULATION = 3
+EXAMPLES = 16  # 8 micro-batches of 2: groups of 3, 3 and 2
+MODES = ("virtual", "inplace")
+
+
+def dataset(count=EXAMPLES):
+    data = tokens(count)
+    return [{name: value[i] for name, value in data.items()} for i in range(count)]
+
+
+def trainer_of(folder, model, flat=None, callbacks=(), kind=Trainer, **options):
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 4,
+    } | options
+    trainer = kind(
+        model=model,
+        args=TrainingArguments(str(folder), **options),
+        train_dataset=dataset(),
+        eval_dataset=dataset(4),
+        callbacks=list(callbacks),
+    )
+    if flat is not None:
+        flat.add_to(trainer)
+    return trainer
+
+
+def is_base(name):
+    return "lora_" not in name
+
+
+def items(trainer, group):
+    """The tokens of a step's micro-batches as the Trainer counts them, which versions differ in."""
+    return trainer.get_batch_samples(iter(group), len(group), trainer.args.device)[1]

@@ -1,0 +1,101 @@
+"""What each rank of transformers' Trainer under DDP checks."""
+
+import os
+import traceback
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import adapted, bits, same_bits
+from tiny_trainer import SIGMA, is_base, trainer_of
+from transformers import Trainer
+
+from flatkern import methods
+from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
+
+WORLD = 2
+
+
+class MethodTrainer(MethodTrainerMixin, Trainer):
+    pass
+
+
+def of_all_ranks(value):
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_the_callback(folder):
+    def run(measure):
+        model = adapted()
+        before = bits(model, is_base)
+        flat = FlatLoRACallback(sigma=SIGMA, measure=measure, schedule="constant")
+        trainer = trainer_of(folder, model, flat, ddp_backend="gloo")
+        trainer.train()
+        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+        assert same_bits(bits(model, is_base), before)
+        assert all(same_bits(bits(model), other) for other in of_all_ranks(bits(model)))
+        assert trainer.state.global_step == 4
+        assert ("noise_loss_rise" in trainer.state.log_history[-2]) == measure
+        return bits(model)
+
+    assert same_bits(run(True), run(False))
+
+
+def check_sam(folder):
+    sam = partial(methods.SAM, rho=0.5)
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    model, twin = adapted(), adapted()
+    trainer = trainer_of(
+        folder, model, kind=partial(MethodTrainer, method=sam), ddp_backend="gloo", **options
+    )
+    order = []
+    collate = trainer.data_collator
+
+    def noted(examples):
+        order.append(collate(examples))
+        return order[-1]
+
+    trainer.data_collator = noted
+    trainer.train()
+    # One process by hand: a micro-batch is what the ranks have of it together.
+    pairs = list(zip(*of_all_ranks(order), strict=True))
+    by_hand = sam(twin, torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1e-2))
+    for _ in range(2):
+        for size in (3, 1):
+            group, pairs = pairs[:size], pairs[size:]
+            by_hand.step(lambda pair: sum(twin(**batch).loss for batch in pair) / WORLD, group)
+    assert not pairs
+    moved = 0.0
+    start = bits(adapted())
+    for name, value in bits(twin).items():
+        torch.testing.assert_close(bits(model)[name], value, rtol=1e-4, atol=1e-6)
+        moved = max(moved, (value - start[name]).abs().max().item())
+    assert moved > 1e-4
+    assert all(same_bits(bits(model), other) for other in of_all_ranks(bits(model)))
+
+
+def check_mezo_is_refused(folder):
+    kind = partial(MethodTrainer, method=methods.MeZO)
+    with pytest.raises(ValueError, match="MeZO"):
+        trainer_of(folder, adapted(), kind=kind, ddp_backend="gloo").train()
+
+
+CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+
+
+def run_rank(rank, folder, port):
+    """Run the checks; leave what went wrong on this rank in a file for each."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, check in CHECKS.items():
+        try:
+            check(folder / name)
+            found = ""
+        except BaseException:
+            found = traceback.format_exc()
+        (folder / f"{name}-{rank}").write_text(found)
+    dist.destroy_process_group()
