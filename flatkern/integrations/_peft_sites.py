@@ -17,7 +17,6 @@ from flatkern.nn.sites import ATTRIBUTE, noisy_product
 from flatkern.noise import shards
 from flatkern.ops import _check
 
-
 # Where PEFT has its layers over those of bitsandbytes, all of them linear.
 _BNB_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.adalora.bnb")
 

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from flatkern.ops.noisy_linear import autocast_dtype
 
 
+# Elements that are dequantised at a time where a library's own temporaries are larger than the
+# result, and rows in whole blocks of any format.
+_PANEL, _ROWS = 2**21, 128
+
+
 class Quantized:
     """The weight [m, n] of a base layer; see `flatkern.nn.sites.Quantized`."""
 
@@ -51,7 +56,11 @@ class Quantized:
 
 
 class _TorchAO(Quantized):
-    """An nn.Linear whose weight is a tensor of torchao's: its dtype is what it was quantised from."""
+    """An nn.Linear over a tensor of torchao's, whose dtype is what it was quantised from."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base)
+        self._has_slices = _has_slices(base.weight)
 
     @staticmethod
     def holds(base: nn.Module) -> bool:
@@ -63,9 +72,9 @@ class _TorchAO(Quantized):
         weight = self.base.weight
         if type(self.base) is not nn.Linear:
             return f"base layer {type(self.base).__name__} over torchao's {self.format}"
-        if not hasattr(weight, "dequantize"):
+        if type(weight).dequantize is Tensor.dequantize:
             return f"torchao's {self.format}, which cannot be dequantised"
-        # Their products round activations too, and differentiating those is not torchao's plan.
+        # Their own products round the activations too, and have no gradient through that.
         if getattr(weight, "act_quant_kwargs", None) or getattr(
             weight, "activation_quantization", None
         ):
@@ -73,7 +82,25 @@ class _TorchAO(Quantized):
         return None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return self.base.weight.dequantize()
+        weight = self.base.weight.detach()
+        # A compiler that fuses needs no temporaries, and would unroll the loop.
+        if not self._has_slices or torch.compiler.is_compiling():
+            return weight.dequantize()
+        rows, cols = weight.shape
+        step = max(_PANEL // max(cols, 1) // _ROWS, 1) * _ROWS
+        out = torch.empty(rows, cols, dtype=weight.dtype, device=weight.device)
+        for begin in range(0, rows, step):
+            out[begin : begin + step] = weight[begin : begin + step].dequantize()
+        return out
+
+
+def _has_slices(weight: Tensor) -> bool:
+    """Whether a torchao tensor can be cut into ranges of rows."""
+    try:
+        weight.detach()[:_ROWS].dequantize()
+    except Exception:  # whatever this format says to it
+        return False
+    return True
 
 
 class _Bnb4bit(Quantized):
@@ -228,5 +255,5 @@ class _Product(torch.autograd.Function):
                 grad, x, *operands, row_scale, key, *needs, **ctx.options
             )
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None

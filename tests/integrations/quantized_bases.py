@@ -135,7 +135,7 @@ def storages(model):
             if "lora_" in f"{name}.{key}":
                 continue
             found |= {f"{name}.{key}{part}": t.clone() for part, t in _parts(value)}
-        if type(module).__name__ == "Linear8bitLt":
+        if hasattr(module, "init_8bit_state"):
             found[f"{name}.scales"] = _scales(module).clone()
     return found
 

@@ -16,6 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import flatkern
+from flatkern._memory import peak_bytes
+from flatkern.integrations import quantized
 from flatkern.integrations.peft import attach, detach
 
 SIGMA = 0.3
@@ -111,8 +113,8 @@ def test_a_window_is_the_materialised_product(form, dtype):
         with noise.window(step=0):
             results = found(layer, x)
         assert results[0].dtype == results[1].dtype == dtype
-        # Sums of 128 products in float32; in bfloat16 x, W_noisy and the results are rounded to 2^-9
-        # each (the scales of FP8Linear too), and the adapters' branch once more.
+        # Sums of 128 products in float32; in bfloat16 x, W_noisy (FP8Linear: its scales too), the
+        # adapters' branch and the results are rounded to 2^-9 each.
         tolerance = 1e-5 if dtype == torch.float32 else 1.5e-2
         assert_close(results, expected(layer, reference, x), tolerance)
 
@@ -206,6 +208,50 @@ def test_nothing_of_the_weight_s_size_is_saved(form):
         first.base_layer(x)
     # The row scale of 128 rows; the key is a row of a table of two.
     assert sorted(saved) == [64, 4 * 128]
+
+
+@EVERY_FORMAT
+def test_one_layer_at_a_time_has_elements(form):
+    size, count = 512, 6
+    model = nn.Sequential(*(nn.Linear(size, size) for _ in range(count)))
+    quantize(model, form, [str(number) for number in range(count)])
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    noise = attach(model, SIGMA)
+    x = torch.randn(2, size)
+
+    def run():
+        model(x).sum().backward()
+
+    noise.open()
+    run()
+    noise.close()
+    elements = 4 * size * size
+    # Of one layer the elements, and what the library needs to find them; or their noisy twins.
+    assert peak_bytes(noise.open, "cpu") < 3.5 * elements
+    assert peak_bytes(run, "cpu") < 3.5 * elements
+    noise.close()
+
+
+@pytest.mark.parametrize("form", TORCHAO)
+def test_panels_are_the_whole(form, monkeypatch):
+    model = quantize(nn.Sequential(nn.Linear(64, 300)), form, ["0"])
+    monkeypatch.setattr(quantized, "_PANEL", 1)
+    weight = quantized.stored(model[0])
+    assert torch.equal(weight.dequantize(torch.float32), model[0].weight.dequantize())
+
+
+def test_a_format_that_torchao_cannot_dequantise():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
+
+    class Opaque(Int8Tensor):
+        dequantize = torch.Tensor.dequantize
+
+    layer = quantize(nn.Sequential(nn.Linear(64, 64)), "torchao-int8", ["0"])[0]
+    weight = layer.weight
+    data = weight.qdata, weight.scale, weight.block_size, weight.dtype
+    layer.weight = nn.Parameter(Opaque(*data), requires_grad=False)
+    assert quantized.stored(layer).why_not() == "torchao's Opaque, which cannot be dequantised"
 
 
 @ONE_OF_EACH
@@ -359,7 +405,10 @@ def test_the_layer_s_own_compute_dtype(form):
     with noise.window():
         results = found(first, batch())
     assert results[0].dtype == torch.float32
-    assert_close(results, expected(first, shown, batch()), 1.5e-2)
+    references = expected(first, shown, batch())
+    assert_close(results, references, 1.5e-2)
+    with pytest.raises(AssertionError):  # as float32 would be
+        assert_close(results, references, 1e-4)
 
 
 @ONE_OF_EACH

@@ -88,7 +88,7 @@ def adapters(model):
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "bnb-nf4"])
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, form):
     model, losses = trained(tmp_path, form, eval_strategy="steps", eval_steps=3)
-    assert losses.train[-1] < losses.train[0] - 0.3
+    assert losses.train[-1] < losses.train[0] - 0.2
     assert losses.evaluation[-1] < losses.evaluation[0]
     assert not any("_flatkern_site" in module.__dict__ for module in model.modules())
 
