@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from flatkern.ops.noisy_linear import autocast_dtype
 
-
 # Elements that are dequantised at a time where a library's own temporaries are larger than the
 # result, and rows in whole blocks of any format.
-_PANEL, _ROWS = 2**21, 128
+_PANEL, _ROWS = 2**20, 128
 
 
 class Quantized:
