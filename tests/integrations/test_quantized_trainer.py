@@ -6,17 +6,19 @@ import torch
 pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from quantized_bases import FORMATS, quantize, storages
 from tiny import VOCABULARY
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from flatkern.integrations.peft import attach
 from flatkern.integrations.transformers import FlatLoRACallback
 
 STEPS = 6
 
 
-def quantized_llama(form):
+def llama():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -26,7 +28,11 @@ def quantized_llama(form):
         num_attention_heads=2,
         max_position_embeddings=32,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def quantized_llama(form):
+    model = llama()
     names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
     torch.manual_seed(1)
     return get_peft_model(
@@ -79,6 +85,45 @@ def trained(folder, form, resume=None, **options):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     return model, losses
+
+
+def torchao_config(transformers):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def bnb_config(transformers):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("config", [torchao_config, bnb_config])
+def test_a_model_that_transformers_quantised(tmp_path, config):
+    llama().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config(transformers), dtype=torch.bfloat16
+    )
+    model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    before, ids = storages(model), torch.arange(8)[None]
+    noise = attach(model, sigma=0.3)
+    assert len(noise.names) == 7
+    model.train()
+    clean = model(input_ids=ids, labels=ids).loss
+    with noise.window():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    assert not torch.equal(loss, clean)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    after = storages(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def adapters(model):
