@@ -528,6 +528,13 @@ def test_what_cannot_take_noise_is_named():
         assert f"{reason}: base_model.model.{number}" in message
 
 
+@pytest.mark.parametrize("form", ["torchao-int8", "bnb-nf4"])
+def test_flatkern_s_own_layers_refuse_it(form):
+    model = quantize(Two(), form, NAMES)
+    with pytest.raises((TypeError, ValueError), match=r"first.* (Int8Tensor|Linear4bit|uint8)"):
+        flatkern.nn.replace_linear(model, target_modules=["first"])
+
+
 def test_a_repacked_layer_is_named():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = two("bnb-nf4")

@@ -138,8 +138,8 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, form):
     assert not any("_flatkern_site" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("form", ["torchao-int8", "bnb-nf4-nested"])
-def test_a_resumed_run_has_the_same_bits(tmp_path, form):
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    form = "bnb-nf4-nested"
     saving = {"save_strategy": "steps", "save_steps": STEPS - 1}
     whole = adapters(trained(tmp_path / "whole", form, **saving)[0])
     checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS - 1}"
