@@ -45,8 +45,9 @@ def _why_no_linear(base: nn.Module) -> str | None:
     if type(base) is not nn.Linear:
         return f"base layer {type(base).__name__}"
     weight = base.weight
-    if is_traceable_wrapper_subclass(weight) and not shards.is_sharded(weight):
-        return f"base weight of type {type(weight).__name__}"
+    local = weight.to_local() if shards.is_sharded(weight) else weight
+    if is_traceable_wrapper_subclass(local):
+        return f"base weight of type {type(local).__name__}"
     if weight.dtype not in _check.FLOAT_DTYPES:
         return f"base weight of dtype {weight.dtype}"
     return None
