@@ -7,30 +7,49 @@ from peft.tuners import adalora, lora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import ops
+from flatkern.integrations import quantized
 from flatkern.nn import adalora_factors
 from flatkern.nn.sites import ATTRIBUTE, noisy_product
+from flatkern.noise import shards
 from flatkern.ops import _check
+
+# Where PEFT has its layers over those of bitsandbytes, all of them linear.
+_BNB_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.adalora.bnb")
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why no window can show the base weight of a PEFT layer, or None if one can."""
-    if not isinstance(layer, lora.Linear | adalora.SVDLinear):
+    of_bnb = type(layer).__module__ in _BNB_LAYERS
+    if not (of_bnb or isinstance(layer, lora.Linear | adalora.SVDLinear)):
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
     base = layer.base_layer
-    if type(base) is not nn.Linear:
-        return f"base layer {type(base).__name__}"
     if "forward" in base.__dict__:
         return "base layer with a forward of its own (offloaded, say)"
-    if not isinstance(base._parameters.get("weight"), nn.Parameter):
-        return "base weight that is not a parameter"
-    if base.weight.dtype not in _check.FLOAT_DTYPES:
-        return f"base weight of dtype {base.weight.dtype}"
+    if not isinstance(getattr(base, "_parameters", {}).get("weight"), nn.Parameter):
+        return f"base layer {type(base).__name__} whose weight is not a parameter"
+    stored = quantized.stored(base)
+    reason = _why_no_linear(base) if stored is None else stored.why_not()
+    if reason is not None:
+        return reason
     for variant in getattr(layer, "lora_variant", {}).values():
         if not isinstance(variant, DoraLinearVariant):
             return type(variant).__name__
+    return None
+
+
+def _why_no_linear(base: nn.Module) -> str | None:
+    if type(base) is not nn.Linear:
+        return f"base layer {type(base).__name__}"
+    weight = base.weight
+    local = weight.to_local() if shards.is_sharded(weight) else weight
+    if is_traceable_wrapper_subclass(local):
+        return f"base weight of type {type(local).__name__}"
+    if weight.dtype not in _check.FLOAT_DTYPES:
+        return f"base weight of dtype {weight.dtype}"
     return None
 
 
@@ -38,6 +57,7 @@ class Bystander:
     """PEFT's parameters in a module whose base weight no window shows; they are numbered apart."""
 
     weight = None
+    quantized = None
 
     def __init__(self, layer: nn.Module) -> None:
         """A tuner layer, or a wrapper such as that of `modules_to_save`."""
@@ -73,15 +93,18 @@ class PeftSite(Bystander):
         super().__init__(layer)
         self._window: Any = None
         self._attached = True
+        self.quantized = quantized.stored(layer.base_layer)
         # By adapter: ||V|| of the open window, and what was put on the DoRA module.
         self._norms: dict[str, Tensor] = {}
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
+        if self.quantized is not None:
+            self.quantized.hold()
         layer.base_layer.forward = self._base_forward
         layer.merge, layer.unmerge = self._merge, self._unmerge
 
     @property
     def weight(self) -> Tensor:
-        """The base weight."""
+        """The base weight, as it is stored."""
         return self.layer.base_layer.weight
 
     @property
@@ -108,15 +131,17 @@ class PeftSite(Bystander):
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            rows, cols = self.weight.shape
-            return self.weight.new_zeros((1, cols)), self.weight.new_zeros((rows, 1)), 1.0
+            rows, cols = self.layer.base_layer.out_features, self.layer.base_layer.in_features
+            device = self.weight.device
+            zeros = torch.zeros((1, cols), device=device), torch.zeros((rows, 1), device=device)
+            return *zeros, 1.0
         lora_A = torch.cat([lora_A for lora_A, _, _ in parts])
         return lora_A, torch.cat([lora_B * s for _, lora_B, s in parts], dim=1), 1.0
 
     def _of_adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
         layer = self.layer
         lora_A, lora_B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-        if isinstance(layer, adalora.SVDLinear):
+        if isinstance(layer, adalora.AdaLoraLayer):
             return adalora_factors(
                 lora_A, lora_B, layer.lora_E[name], scaling, float(layer.ranknum[name])
             )
@@ -125,15 +150,15 @@ class PeftSite(Bystander):
     def _base_forward(self, x: Tensor) -> Tensor:
         """x W^T + b, W as an open window shows it; with the adapters disabled, clean."""
         base, window = self.layer.base_layer, self._window
-        if window is None or not (window.noisy or window.perturbed):
-            return F.linear(x, base.weight, base.bias)
-        if self.layer.disable_adapters:
+        if window is not None and window.perturbed and self.layer.disable_adapters:
             return F.linear(x, window.clean_weight(), base.bias)
-        if window.noisy:
-            product = noisy_product(window, x, base.weight, base.bias)
-            # AdaLoRA adds in place, which autograd refuses on the op's output.
-            return product.clone() if isinstance(self.layer, adalora.SVDLinear) else product
-        return F.linear(x, base.weight, base.bias)
+        if window is None or not window.noisy or self.layer.disable_adapters:
+            return type(base).forward(base, x)
+        if self.quantized is not None:
+            return quantized.noisy_product(window, x, self.quantized)
+        product = noisy_product(window, x, base.weight, base.bias)
+        # AdaLoRA adds in place, which autograd refuses on the op's output.
+        return product.clone() if isinstance(self.layer, adalora.SVDLinear) else product
 
     def enter_window(self, window: Any) -> None:
         """Note DoRA's ||V||, because the weight may be noisy afterwards."""
@@ -144,7 +169,9 @@ class PeftSite(Bystander):
         self._window = window
 
     def _enter_dora(self, name: str, dora: nn.Module) -> None:
-        norm = ops.row_norm(self.weight.detach(), *self._of_adapter(name))
+        stored = self.quantized
+        weight = self.weight if stored is None else stored.dequantize(torch.float32)
+        norm = ops.row_norm(weight.detach(), *self._of_adapter(name))
         if name not in self._norms or self._norms[name].device != norm.device:
             # An ordinary tensor even in inference mode: autograd saves it.
             with torch.inference_mode(False):
@@ -161,7 +188,8 @@ class PeftSite(Bystander):
         """With dropout DoRA multiplies by the weight itself: give it the noisy product instead."""
         window, x = self._window, args[0]
         if window is not None and window.noisy and kwargs["base_result"] is None:
-            product = self._base_forward(x.to(self.weight.dtype)).to(x.dtype)
+            dtype = self.weight.dtype if self.quantized is None else x.dtype
+            product = self._base_forward(x.to(dtype)).to(x.dtype)
             kwargs = kwargs | {"base_result": product}
         return args, kwargs
 
@@ -194,6 +222,8 @@ class PeftSite(Bystander):
         """Leave the layer as it was."""
         self._attached = False
         self.layer.base_layer.__dict__.pop("forward", None)
+        if self.quantized is not None:
+            self.quantized.release()
         for name in ("merge", "unmerge"):
             self.layer.__dict__.pop(name, None)
         for dora, hook in self._hooks:

@@ -28,8 +28,9 @@ def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise
         optimizer.step()
 
     For LoRA layers (rsLoRA, PiSSA, LoRA-GA and other starts, DoRA) and AdaLoRA's, over `nn.Linear`
-    bases. The scale is that of W' with the adapters that are active when the window is opened; a
-    disabled adapter's forward is clean. PEFT's own branch, its files and the model's state_dict
+    bases and quantised ones (docs/quantized.md; mode "inplace" refuses those). The scale is that of
+    W' with the adapters that are active when the window is opened; a disabled adapter's forward is
+    clean. PEFT's own branch, its files and the model's state_dict
     keys stay what they are. In a window `merge` and `unmerge` raise.
 
     Args:
@@ -42,9 +43,9 @@ def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise
         The `flatkern.WeightNoise` of the model; opened once per optimizer step.
 
     Warns:
-        UserWarning: layers that take no noise (other bases than nn.Linear, quantised ones,
-            embeddings, convolutions, other PEFT methods), by name and reason; in mode "virtual",
-            a fused implementation that would never see the noise.
+        UserWarning: layers that take no noise (other bases than these, embeddings, convolutions,
+            other PEFT methods), by name and reason; in mode "virtual", a fused implementation that
+            would never see the noise.
 
     Raises:
         TypeError, ValueError: an argument that `WeightNoise` refuses, or no layer that can take

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flatkern.nn.pissa import pissa_factors
 from flatkern.nn.sites import noisy_product
@@ -51,9 +52,15 @@ def check_linear(linear: nn.Module, name: str = "linear") -> None:
         raise TypeError(f"{what} with a forward of its own, which would be lost")
     if not isinstance(linear._parameters.get("weight"), nn.Parameter):
         raise TypeError(f"{what} whose weight is not a parameter (parametrized or pruned)")
-    if linear.weight.dtype not in _check.FLOAT_DTYPES:
+    weight = linear.weight
+    if is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh"):
+        raise TypeError(
+            f"{what} whose weight is a {type(weight).__name__}; quantised layers take noise "
+            "through flatkern.integrations.peft.attach"
+        )
+    if weight.dtype not in _check.FLOAT_DTYPES:
         accepted = "float32, bfloat16, float16 or float64"
-        _check.refuse(_OP, f"{name}.weight", accepted, linear.weight)
+        _check.refuse(_OP, f"{name}.weight", accepted, weight)
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
         raise ValueError(f"{_OP}: {name} must have no hooks, which would be lost; remove them")
 
@@ -78,7 +85,10 @@ class LoRALinear(nn.Module):
         lora_dropout: the dropout module in front of A.
         offset_A, offset_B: buffers, A0 and B0 if `weight` is W - s B0 A0, else None.
         merged: whether `weight` holds W + s B A at the moment.
+        quantized: None, see `flatkern.nn.sites.Site`.
     """
+
+    quantized = None
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
@@ -11,17 +12,34 @@ from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
 ATTRIBUTE = "_flatkern_site"
 
 
+class Quantized(Protocol):
+    """A weight [m, n] that is stored in another form than its elements, and never written.
+
+    Attributes:
+        shape: [m, n].
+        format: what it is stored as, for `WeightNoise.summary`.
+    """
+
+    shape: torch.Size
+    format: str
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """A new tensor, in the format's own dtype where it has one, else in `dtype`."""
+
+
 class Site(Protocol):
     """What `flatkern.WeightNoise` asks of a layer: a `LoRALinear`, or one that was attached to.
 
     Attributes:
         weight: the base weight [m, n], clean outside windows; None where a window cannot show it.
+        quantized: how it is stored, if not as [m, n] elements; None where it is.
         scaling: s of W' = W + s B A.
         merged: whether `weight` holds W' at the moment.
         _window: the `Target` of the open window or None.
     """
 
     weight: Tensor | None
+    quantized: Quantized | None
     scaling: float
     merged: bool
     _window: Any

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from flatkern.nn.linear import LoRALinear
 from flatkern.noise.targets import Target
+from flatkern.ops import _check
 from flatkern.ops.residual import is_available
 
 # In place from so many micro-batches on: a window in place costs about what noise costs a virtual
@@ -19,6 +20,14 @@ def best_mode(micro_batches: int, writable: bool) -> str:
         writable: see `all_writable`.
     """
     return "inplace" if writable and micro_batches >= INPLACE_FROM else "virtual"
+
+
+def check_mode(op: str, mode: str, targets: Iterable[Target]) -> None:
+    """ValueError if noise would be written in a weight that is stored quantised."""
+    for target in targets:
+        if mode == "inplace" and target.quantized is not None:
+            accepted = f"'virtual' or 'auto' where weights are quantised, as {target.name} is"
+            _check.refuse(op, "mode", accepted, mode)
 
 
 def all_writable(targets: Iterable[Target]) -> bool:

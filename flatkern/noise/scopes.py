@@ -1,8 +1,10 @@
 """Scopes: which weights of a model take noise, and what their scale is taken from."""
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flatkern.nn.sites import Site, site_of
+from flatkern.noise import shards
 from flatkern.noise.numbers import ADAPTERS, tensor_numbers
 from flatkern.noise.targets import Target
 from flatkern.ops import _check
@@ -20,7 +22,7 @@ def collect(model: nn.Module, scope: str, strategy: str) -> list[Target]:
     - all: as merged, and with "element" every tensor of fewer than two dimensions and every
       embedding, adapters excepted.
 
-    Tensors that are not floating point are left out.
+    Tensors that are not floating point are left out, and so are quantised ones but those of sites.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     layers: dict[int, list[Site]] = {}
@@ -36,9 +38,9 @@ def collect(model: nn.Module, scope: str, strategy: str) -> list[Target]:
     numbers = tensor_numbers(model)
     targets = []
     for name, weight in model.named_parameters():
-        if weight.dtype not in _check.FLOAT_DTYPES:
-            continue
         base, is_adapter = layers.get(id(weight), []), numbers[name] >= ADAPTERS
+        if not base and not _has_elements(weight):
+            continue
         small = not is_adapter and (weight.dim() < 2 or id(weight) in embeddings)
         merged = bool(base) and scope in ("merged", "all")
         chosen = (
@@ -56,3 +58,9 @@ def collect(model: nn.Module, scope: str, strategy: str) -> list[Target]:
             own = "element" if scope == "all" and not merged else strategy
             targets.append(Target(name, numbers[name], base, owners[id(weight)], own, merged))
     return targets
+
+
+def _has_elements(weight: Tensor) -> bool:
+    """Whether it holds floating-point elements, and not what some library makes them from."""
+    wrapped = is_traceable_wrapper_subclass(weight) and not shards.is_sharded(weight)
+    return weight.dtype in _check.FLOAT_DTYPES and not wrapped

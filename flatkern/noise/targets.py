@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
-from flatkern.nn.sites import Site
+from flatkern.nn.sites import Quantized, Site
 from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keep import Keeper, Kept, keeper_of
@@ -68,6 +68,27 @@ class Target:
         weight = getattr(module, name).detach()
         # The ops take nothing without dimensions.
         return weight if weight.dim() else weight.view(1)
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """How the weight is stored, if not as its elements."""
+        return self.layers[0].quantized if self.layers else None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight's elements."""
+        return self.weight.shape if self.quantized is None else self.quantized.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Which implementation serves the weight goes by it."""
+        return self.weight.dtype if self.quantized is None else torch.float32
+
+    def elements(self) -> Tensor:
+        """The weight, or what it is when dequantised: then a new tensor."""
+        if self.quantized is None:
+            return self.weight
+        return self.quantized.dequantize(torch.float32).detach()
 
     @property
     def part(self) -> shards.Part:
@@ -225,9 +246,7 @@ def allocate(targets: list[Target]) -> list[Tensor]:
             tables.append(torch.tensor(rows, dtype=torch.int64, device=device))
             for index, target in enumerate(here):
                 target.key = tables[-1][index]
-                target.row_scale = torch.zeros(
-                    target.weight.shape[0], dtype=torch.float32, device=device
-                )
+                target.row_scale = torch.zeros(target.shape[0], dtype=torch.float32, device=device)
     return tables
 
 
@@ -240,12 +259,12 @@ def scale(targets: list[Target], sigma: float, largest: float) -> None:
 
 def _row_scales(targets: list[Target], sigma: float) -> list[Tensor]:
     scales: dict[int, Tensor] = {}
-    for (strategy, merged), group in _grouped(targets, lambda t: (t.strategy, t.merged)):
+    for (strategy, merged, _), group in _grouped(targets, _scaled_alike):
         # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
         layers = [target.layers[0] for target in group] if merged else []
         factors = [[factor.detach() for factor in layer.factors()] for layer in layers]
         found = STRATEGIES[strategy](
-            [target.weight for target in group],
+            [target.elements() for target in group],
             [lora_A for lora_A, _ in factors] or None,
             [lora_B for _, lora_B in factors] or None,
             [layer.scaling for layer in layers] or [1.0] * len(group),
@@ -256,6 +275,13 @@ def _row_scales(targets: list[Target], sigma: float) -> list[Tensor]:
         if target.fisher is not None:
             scales[target.number] = target.fisher.divide(target.name, scales[target.number])
     return [scales[target.number] for target in targets]
+
+
+def _scaled_alike(target: Target) -> tuple[str, bool, int | None]:
+    """What weights have in common whose scales are found in one call: quantised ones one by one,
+    because their elements take memory.
+    """
+    return target.strategy, target.merged, None if target.quantized is None else target.number
 
 
 def show(targets: list[Target], mode: str) -> None:
@@ -313,14 +339,15 @@ def summarise(targets: list[Target], mode: str) -> str:
     rows = []
     elements = operand_bytes = kept_bytes = 0
     for target in targets:
-        weight = target.weight
-        dtype = str(weight.dtype).removeprefix("torch.")
+        shape, quantized = target.shape, target.quantized
+        dtype = str(target.weight.dtype).removeprefix("torch.")
+        stored = dtype if quantized is None else quantized.format
         number = f"tensor {target.number}"
         own_mode = mode if target.layers else "inplace"
-        rows.append((target.name, dtype, str(list(weight.shape)), number, own_mode))
-        elements += weight.numel()
+        rows.append((target.name, stored, str(list(shape)), number, own_mode))
+        elements += shape.numel()
         # float32 [m] and one key of four int64.
-        operand_bytes += 4 * weight.shape[0] + 32
+        operand_bytes += 4 * shape[0] + 32
         kept_bytes += target.keeper.nbytes() if target.keeper is not None else 0
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -14,7 +14,7 @@ from flatkern.nn import LoRALinear
 from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
-from flatkern.noise.modes import all_writable, best_mode
+from flatkern.noise.modes import all_writable, best_mode, check_mode
 from flatkern.noise.schedules import Schedule, constant, factor_at
 from flatkern.noise.scopes import SCOPES, collect
 from flatkern.noise.strategies import STRATEGIES
@@ -144,6 +144,7 @@ class WeightNoise:
         self._seed = seed
         self._ranks = ranks
         self._check_shards()
+        check_mode(_OP, mode, self._targets)
         self._next_step = 0
         self._tables: list[Tensor] = []
         self._open: _Open | None = None
@@ -198,8 +199,7 @@ class WeightNoise:
         try:
             self._fill(key, sigma_t)
             for target in self._targets:
-                weight = target.weight
-                target.enter(_backend.resolve(weight.device.type, weight.dtype))
+                target.enter(_backend.resolve(target.weight.device.type, target.dtype))
             show(self._targets, self._open.mode)
         except BaseException:
             self._end()

@@ -61,6 +61,14 @@ def test_the_page_on_accelerate(tmp_path, monkeypatch):
     assert not noise.active
 
 
+def test_the_page_on_quantised_bases(tmp_path, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    names = run_page("quantized", tmp_path, monkeypatch)
+    assert not has_sites(names["model"])
+    assert names["noise"].step == 4
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def example(name):
     path = ROOT / "examples" / f"{name}.py"
     assert len(path.read_text().splitlines()) < MAX_LINES
