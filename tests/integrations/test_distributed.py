@@ -1,23 +1,32 @@
-"""Sharded training equals unsharded training; see distributed_checks.py for what is held."""
+"""Sharded training equals unsharded training; distributed_*checks.py say what is held."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import distributed_checks
+import distributed_fsdp_checks
+import on_ranks
 import pytest
 import torch
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[2]
 WORLDS = (2, 4)
+MODULES = [distributed_checks.__name__, distributed_fsdp_checks.__name__]
 # The ranks are forks of a process that has these: importing them takes longer than the checks.
 IMPORTED_ONCE = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
 ]
+if importlib.util.find_spec("peft") is not None:
+    import distributed_peft_checks
+
+    MODULES.append(distributed_peft_checks.__name__)
+    IMPORTED_ONCE += ["peft", "transformers.models.llama.modeling_llama"]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +43,12 @@ def run(folder):
         if world in done:
             return
         done.add(world)
-        names = [name for name, (ranks, _) in distributed_checks.CHECKS.items() if world in ranks]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             torch.multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
             torch.multiprocessing.start_processes(
-                distributed_checks.run_rank,
-                (world, folder, names),
+                on_ranks.run_rank,
+                (world, folder, MODULES),
                 nprocs=world,
                 start_method="forkserver",
             )
@@ -48,25 +56,23 @@ def run(folder):
     return run_once
 
 
-@pytest.mark.parametrize("name", distributed_checks.CHECKS)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(w, name) for w in WORLDS for name, (ranks, _) in on_ranks.CHECKS.items() if w in ranks],
+)
 def test_on_ranks(run, folder, world, name):
-    if world not in distributed_checks.CHECKS[name][0]:
-        pytest.skip(f"not for {world} ranks")
     run(world)
     for rank in range(world):
         found = (folder / f"{name}-{world}-{rank}").read_text()
         assert not found, f"rank {rank}:\n{found}"
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_one(run, folder):
+@pytest.mark.parametrize("kind", ["distributed_checks", "distributed_peft_checks"])
+def test_a_checkpoint_of_two_ranks_resumes_on_one(run, folder, kind):
+    checks = pytest.importorskip(kind)
     run(2)
-    model = distributed_checks.make_model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    found = distributed_checks.resumed_losses(model, distributed_checks.batch_of, folder)
-    distributed_checks.assert_trained_alike(found, distributed_checks.uninterrupted(), 1)
+    found = checks.resumed(on_ranks.batch_of, folder)
+    on_ranks.assert_trained_alike(found, checks.uninterrupted(), 1)
 
 
 def test_the_example(tmp_path):
