@@ -23,6 +23,7 @@ from on_ranks import (
     with_fsdp,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -85,12 +86,15 @@ def fsdp_activation_checkpointing(mode, rank, folder):
     assert_trains_alike(with_fsdp(model), mode, rank)
 
 
-@check(*MODES, ranks=(2,))
-def fsdp_compile(mode, rank, folder):
+@check(ranks=(2,))
+def fsdp_compile(_, rank, folder):
+    """Layer by layer, each compiled once for all its windows."""
     model = make_model()
-    for layer in layers_of(model):
-        layer.compile(backend="aot_eager")
-    assert_trains_alike(with_fsdp(model), mode, rank)
+    counters = [CompileCounterWithBackend("aot_eager") for _ in layers_of(model)]
+    for layer, counter in zip(layers_of(model), counters, strict=True):
+        layer.compile(backend=counter)
+    assert_trains_alike(with_fsdp(model), "virtual", rank)
+    assert [counter.frame_count for counter in counters] == [1, 1]
 
 
 @check(ranks=(2,))

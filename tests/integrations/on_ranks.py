@@ -1,8 +1,12 @@
 """Checks that every rank of a process group runs, and a model that they shard."""
 
+import contextlib
 import datetime
 import functools
 import importlib
+import io
+import os
+import runpy
 import traceback
 
 import torch
@@ -34,10 +38,12 @@ def check(*arguments, ranks=(2, 4)):
     """Register a check of (argument, rank, folder) for these numbers of ranks."""
 
     def register(function):
-        for argument in arguments or (None,):
-            name = function.__name__ + ("" if argument is None else f"-{argument}")
+        for argument in arguments or ("",):
+            name = f"{function.__name__}-{argument}".removesuffix("-")
             assert name not in CHECKS
-            CHECKS[name] = ranks, functools.partial(function, argument)
+            # A mesh of two dimensions takes four.
+            own = (4,) if argument.startswith("both") else ranks
+            CHECKS[name] = own, functools.partial(function, argument)
         return function
 
     return register
@@ -59,6 +65,17 @@ def run_rank(rank, world, folder, modules):
             found = traceback.format_exc()
         (folder / f"{name}-{world}-{rank}").write_text(found)
     dist.destroy_process_group()
+
+
+def run_example(rank, world, port, path, folder):
+    """A script as torchrun runs it, with a store at `port`; what rank 0 prints goes to a file."""
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="localhost", TORCHELASTIC_USE_AGENT_STORE="True")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(str(path))["main"](str(folder))
+    (folder / f"output-{rank}").write_text(output.getvalue())
 
 
 def make_model(dtype=torch.float32, **options):
