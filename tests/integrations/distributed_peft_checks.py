@@ -39,7 +39,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.distributed import DistributedConfig
 
 import flatkern
 from flatkern.integrations.peft import attach, detach
@@ -336,12 +335,18 @@ def trainer_under_ddp(ranks, rank, folder):
     assert torch.equal(*other)
 
 
+# Whether PEFT knows of the DTensors of transformers' tensor parallelism.
+PLACES_ADAPTERS = getattr(peft.import_utils, "is_transformers_dtensor_tp", False)
+
+
 def adapted_by_transformers(folder, config):
     """The tiny Llama that transformers has loaded in parallel, with the adapters of `adapted`."""
     reference = adapted(config)
     if dist.get_rank() == 0:
         llama().save_pretrained(folder)
     dist.barrier()
+    from transformers.distributed import DistributedConfig
+
     parallel = DistributedConfig(tp_size=dist.get_world_size())
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=parallel)
     model = get_peft_model(model, config)
@@ -360,7 +365,7 @@ def adapted_by_transformers(folder, config):
     return reference, model
 
 
-@check(*MODES, ranks=(2,))
+@check(*MODES, ranks=(2,) if PLACES_ADAPTERS else ())
 def peft_over_transformers_tensor_parallelism(mode, rank, folder):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"])
     reference, model = adapted_by_transformers(folder / f"llama-{mode}", config)

@@ -500,6 +500,15 @@ def test_nothing_is_attached_where_nothing_can_be():
     assert attributes(model) == before
 
 
+def test_a_part_that_does_not_know_its_place_is_skipped():
+    """As older transformers leave what tensor parallelism has cut."""
+    model = two()
+    layers(model)[0].base_layer._hf_tp_plan = "colwise"
+    with pytest.warns(UserWarning, match=r"part of a larger one, and no DTensor: .*first"):
+        noise = attach(model)
+    assert [name.split(".")[-3] for name in noise.names] == ["second"]
+
+
 def test_dora_beside_another_adapter_is_refused():
     model = two(use_dora=True)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
