@@ -194,7 +194,7 @@ def peft_noise_is_the_unsharded_noise(cut, rank, folder):
         assert bits_apart(right, found) <= int(columns), index
 
 
-@check(*(f"{cut}-{mode}" for cut in ("tp", "fsdp") for mode in MODES), ranks=(2,))
+@check(*(f"{cut}-{mode}" for cut in ("tp", "fsdp", "root") for mode in MODES), ranks=(2,))
 def peft_disabled_adapters(argument, rank, folder):
     cut, mode = argument.split("-")
     model = CUTS[cut](make_peft())
@@ -207,7 +207,7 @@ def peft_disabled_adapters(argument, rank, folder):
 
     clean = forward()
     with noise.window():
-        if argument == "fsdp-inplace":
+        if cut != "tp" and mode == "inplace":
             with pytest.raises(RuntimeError, match=r"disabled adapters .* FSDP"):
                 forward()
             with noise.paused():
