@@ -35,6 +35,7 @@ class Site(Protocol):
         quantized: how it is stored, if not as [m, n] elements; None where it is.
         scaling: s of W' = W + s B A.
         merged: whether `weight` holds W' at the moment.
+        takes_shards: whether a window can show `weight` where it is a DTensor.
         _window: the `Target` of the open window or None.
     """
 
@@ -42,6 +43,7 @@ class Site(Protocol):
     quantized: Quantized | None
     scaling: float
     merged: bool
+    takes_shards: bool
     _window: Any
 
     def factors(self) -> tuple[Tensor, Tensor]:
