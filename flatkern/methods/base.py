@@ -1,11 +1,13 @@
 """What every method shares: one optimizer step over a list of micro-batches."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flatkern.ops import _check
 
@@ -144,20 +146,27 @@ class Method:
     def mean_gradient(self, loss_fn: LossFn, batches: Sequence[Any], weight: float = 1.0) -> float:
         """Add `weight` times the mean gradient over `batches` to `.grad`; return the mean loss."""
         total = 0.0
-        for batch in batches:
-            total = total + self.add_gradient(loss_fn, batch, len(batches), weight)
+        for index in range(len(batches)):
+            total = total + self.add_gradient(loss_fn, batches, index, weight)
         # Added on the device: one synchronisation per step.
         return float(total) / len(batches)
 
-    def add_gradient(self, loss_fn: LossFn, batch: Any, count: int, weight: float = 1.0) -> Tensor:
-        """Add `weight` / `count` times a batch's gradient to `.grad`; return its loss, wide."""
-        loss = self.loss(loss_fn, batch)
-        if not loss.requires_grad:
-            raise RuntimeError(
-                f"{type(self).__name__}: loss_fn's loss has no gradient: it depends on no "
-                "trainable parameter, was detached, or gradients are off"
-            )
-        self.scaled(loss / count * weight).backward()
+    def add_gradient(
+        self, loss_fn: LossFn, batches: Sequence[Any], index: int, weight: float = 1.0
+    ) -> Tensor:
+        """Add a batch's part of `weight` times the mean gradient to `.grad`; return its loss, wide.
+
+        A DDP model's ranks share what they have added with the last batch, not with every one.
+        """
+        alone = index + 1 < len(batches) and isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if alone else contextlib.nullcontext():
+            loss = self.loss(loss_fn, batches[index])
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    f"{type(self).__name__}: loss_fn's loss has no gradient: it depends on no "
+                    "trainable parameter, was detached, or gradients are off"
+                )
+            self.scaled(loss / len(batches) * weight).backward()
         return _wide(loss)
 
     def mean_loss(self, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:

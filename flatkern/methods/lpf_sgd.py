@@ -64,9 +64,9 @@ class LPFSGD(Windowed):
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """The mean gradient, micro-batch k at w + e_k; k is the draw of its key."""
         total = 0.0
-        for draw, batch in enumerate(batches):
+        for draw in range(len(batches)):
             # The last window ends the step.
             last = draw + 1 == len(batches)
             with self.noise.window(None if last else self.noise.step, draw):
-                total = total + self.add_gradient(loss_fn, batch, len(batches))
+                total = total + self.add_gradient(loss_fn, batches, draw)
         return float(total) / len(batches)
