@@ -80,8 +80,15 @@ class WeightGradient:
             own, dy = self._factors()
             return (x.to(own.dtype) @ own.t()) @ dy
 
+    @torch.no_grad()
     def row_squares(self) -> Tensor:
-        """sum_j G_ij^2 of every row, [m]."""
+        """sum_j (d_i G_ij)^2 of every row, [m]: of the gradient of the weight that takes noise.
+
+        d is the layer's `row_factor`, in the window that its forwards were in.
+        """
+        return self._row_squares() * self.layer.row_factor() ** 2
+
+    def _row_squares(self) -> Tensor:
         if self._dense is not None:
             return row_squares(self._dense)
         if not self._x:

@@ -94,8 +94,8 @@ class Windowed(Method):
         gradients = {layer: WeightGradient(layer) for layer in self._frozen.values()}
         with self.noise.window(micro_batches=len(batches)), recording(gradients):
             loss = self.mean_gradient(loss_fn, batches, weight)
+            squares = {name: gradients[layer].row_squares() for name, layer in self._frozen.items()}
         factor = weight * (1.0 if self.scaler is None else self.scaler.get_scale())
-        squares = {name: gradients[layer].row_squares() for name, layer in self._frozen.items()}
         for name in self.noise.names:
             if name in trainable and trainable[name].grad is not None:
                 squares[name] = row_squares(trainable[name].grad)

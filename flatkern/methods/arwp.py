@@ -15,9 +15,10 @@ class ARWP(Windowed):
     F_i <- beta F_i + sum_j g_ij^2, with g the mean gradient at w + e; F is absent in the first
     step, and [m] numbers a weight. A vector counts as one row of the noise, and its F is its
     elements'. Frozen weights of LoRALinear layers in scope take g from their inputs and output
-    gradients. The mixed form, mARWP, is `MixedRWP(strategy="fisher")`. Source: Li et al.,
-    "Revisiting random weight perturbation", 2024; its code starts from sigma = 1e-3 and has
-    `flatkern.lpf(total_steps, 10)` for a schedule.
+    gradients: of W, which for DoRA is mu / ||V|| times that of W', as if without dropout. The mixed
+    form, mARWP, is `MixedRWP(strategy="fisher")`. Source: Li et al., "Revisiting random weight
+    perturbation", 2024; its code starts from sigma = 1e-3 and has `flatkern.lpf(total_steps, 10)`
+    for a schedule.
     """
 
     def __init__(

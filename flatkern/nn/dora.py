@@ -57,11 +57,11 @@ class DoRALinear(LoRALinear):
             rest = self._base(x - dropped, self.bias)
             x = dropped
         rows = self._adapted(x, None)
-        result = rows * self._scale()
+        result = rows * self.row_factor()
         return (result if rest is None else result + rest).to(rows.dtype)
 
-    def _scale(self) -> Tensor:
-        """mu / ||V||, [m]."""
+    def row_factor(self) -> Tensor:
+        """d = mu / ||V||, [m], with the ||V|| of an open window."""
         window = self._window
         shown = window is not None and (window.noisy or window.perturbed)
         return self.lora_magnitude / (self._window_norm if shown else self._norm(self.weight))

@@ -214,6 +214,10 @@ class LoRALinear(nn.Module):
         """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
         return self.lora_A, self.lora_B
 
+    def row_factor(self) -> Tensor | float:
+        """d of W' = diag(d) (W + s B A): the gradient of W is d times that of W'."""
+        return 1.0
+
     def adapters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but weight and bias."""
         own = dict(self.named_parameters(recurse=False))
@@ -275,6 +279,12 @@ class LoRALinear(nn.Module):
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""
         self._window = window
+
+    @property
+    def takes_shards(self) -> bool:
+        """Whether `weight` may be sharded: other kinds take their scale from it in other ways."""
+        own = type(self).enter_window, type(self).factors
+        return own == (LoRALinear.enter_window, LoRALinear.factors)
 
     @property
     def merged(self) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 
 import flatkern
 from flatkern.methods import ARWP, LPFSGD, RWP, FlatLoRA, LoRA, MixedRWP
+from flatkern.nn import DoRALinear
 
 F64 = torch.float64
 
@@ -245,18 +246,31 @@ def test_arwps_estimate_and_what_it_does(scaled):
         torch.testing.assert_close(state[name].double(), square.double() * 1.875)
 
 
+KINDS = [{}, {"layer": DoRALinear}, {"layer": DoRALinear, "renorm": True}]
+
+
+def make_kind(kind):
+    model = make_model(F64, **kind)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("lora_magnitude"):
+                value.mul_(torch.linspace(0.5, 2, len(value), dtype=F64))
+    return model
+
+
 # Few tokens, and more than a weight has entries: both forms of the gradient of a frozen weight.
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("method_type", [ARWP, MixedRWP])
-def test_arwp_estimates_frozen_weights_from_the_noisy_pass(method_type, rows):
-    model = make_model(F64)
+@pytest.mark.parametrize("kind", KINDS, ids=["lora", "dora", "renorm"])
+def test_arwp_estimates_frozen_weights_from_the_noisy_pass(method_type, rows, kind):
+    model = make_kind(kind)
     batches = make_batches(2, F64, rows)
     options = {"lam": 0.3, "split": "last"} if method_type is MixedRWP else {}
     method = method_type(
         model, sgd(model, lr=0.0), sigma=0.2, scope="merged", strategy="fisher", **options
     )
     method.step(loss_fn_of(model), batches)
-    twin = make_model(F64)
+    twin = make_kind(kind)
     for layer in (twin[0], twin[2]):
         layer.weight.requires_grad_(True)
     noise = flatkern.WeightNoise(twin, 0.2, strategy="row")
