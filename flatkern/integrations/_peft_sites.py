@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from flatkern import ops
 from flatkern.nn import adalora_factors
 from flatkern.nn.sites import ATTRIBUTE, noisy_product
+from flatkern.noise import shards
 from flatkern.ops import _check
 
 
@@ -22,16 +22,23 @@ def why_not(layer: nn.Module) -> str | None:
     base = layer.base_layer
     if type(base) is not nn.Linear:
         return f"base layer {type(base).__name__}"
-    if "forward" in base.__dict__:
+    if "forward" in base.__dict__ and not _is_styled(base):
         return "base layer with a forward of its own (offloaded, say)"
     if not isinstance(base._parameters.get("weight"), nn.Parameter):
         return "base weight that is not a parameter"
     if base.weight.dtype not in _check.FLOAT_DTYPES:
         return f"base weight of dtype {base.weight.dtype}"
+    if hasattr(base, "_hf_tp_plan") and not shards.is_sharded(base.weight):
+        return "base weight that is a part of a larger one, and no DTensor"
     for variant in getattr(layer, "lora_variant", {}).values():
         if not isinstance(variant, DoraLinearVariant):
             return type(variant).__name__
     return None
+
+
+def _is_styled(base: nn.Linear) -> bool:
+    """Whether its forward is that of transformers' tensor parallelism, around the module's own."""
+    return getattr(base, "_hf_tp_plan", None) in ("colwise", "rowwise")
 
 
 class Bystander:
@@ -64,9 +71,13 @@ class Bystander:
 class PeftSite(Bystander):
     """A PEFT layer whose base product a window can make noisy; see `flatkern.nn.sites.Site`.
 
-    `base_layer.forward`, `merge` and `unmerge` are replaced on the instances; PEFT's own branch
-    runs as it is. DoRA's denominator is that of the clean weights for as long as a window is open.
+    `base_layer.forward`, `merge`, `unmerge` and `update_layer` are replaced on the instances;
+    PEFT's own branch runs as it is. DoRA's denominator is that of the clean weights for as long as
+    a window is open.
     """
+
+    # Of PEFT's forward only the base product has to know; DoRA's rows are whole where FSDP gathers.
+    takes_shards = True
 
     def __init__(self, layer: nn.Module) -> None:
         """A layer that `why_not` accepts."""
@@ -76,8 +87,15 @@ class PeftSite(Bystander):
         # By adapter: ||V|| of the open window, and what was put on the DoRA module.
         self._norms: dict[str, Tensor] = {}
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
-        layer.base_layer.forward = self._base_forward
+        base = layer.base_layer
+        # A forward of transformers' tensor parallelism, and the same around this one's.
+        self._styled: Any = base.__dict__.get("forward")
+        self._restyled: Any = None
+        base.forward = self._base_forward
+        if self._styled is not None:
+            self._restyle(base)
         layer.merge, layer.unmerge = self._merge, self._unmerge
+        layer.update_layer = self._update_layer
 
     @property
     def weight(self) -> Tensor:
@@ -115,12 +133,27 @@ class PeftSite(Bystander):
 
     def _of_adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
         layer = self.layer
-        lora_A, lora_B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        # A tensor after PEFT's prepare_model_for_compiled_hotswap.
+        scaling = float(layer.scaling[name])
+        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
         if isinstance(layer, adalora.SVDLinear):
-            return adalora_factors(
-                lora_A, lora_B, layer.lora_E[name], scaling, float(layer.ranknum[name])
-            )
+            rank = float(shards.whole(layer.ranknum[name]))
+            return adalora_factors(lora_A, lora_B, layer.lora_E[name], scaling, rank)
         return lora_A.weight, lora_B.weight, scaling
+
+    def _restyle(self, base: nn.Linear) -> None:
+        from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+        ALL_PARALLEL_STYLES[base._hf_tp_plan].install_forward(base, base._hf_device_mesh)
+        self._restyled, base.forward = base.forward, self._styled_forward
+
+    def _styled_forward(self, x: Tensor) -> Tensor:
+        """`_base_forward` under tensor parallelism."""
+        if self._window is None or torch.is_grad_enabled():
+            return self._restyled(x)
+        # Without gradients the style puts bare parts in the module, which know no place.
+        with torch.enable_grad():
+            return self._restyled(x).detach()
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """x W^T + b, W as an open window shows it; with the adapters disabled, clean."""
@@ -128,23 +161,32 @@ class PeftSite(Bystander):
         if window is None or not (window.noisy or window.perturbed):
             return F.linear(x, base.weight, base.bias)
         if self.layer.disable_adapters:
-            return F.linear(x, window.clean_weight(), base.bias)
+            return F.linear(x, self._clean_weight(window), base.bias)
         if window.noisy:
             product = noisy_product(window, x, base.weight, base.bias)
             # AdaLoRA adds in place, which autograd refuses on the op's output.
             return product.clone() if isinstance(self.layer, adalora.SVDLinear) else product
         return F.linear(x, base.weight, base.bias)
 
+    def _clean_weight(self, window: Any) -> Tensor:
+        if window.perturbed and window.sharded_linear and not shards.is_sharded(self.weight):
+            raise RuntimeError(
+                "peft: a forward with disabled adapters in a window in place, of weights that FSDP "
+                'has gathered with their noise; use paused() or mode="virtual"'
+            )
+        return window.clean_weight()
+
     def enter_window(self, window: Any) -> None:
         """Note DoRA's ||V||, because the weight may be noisy afterwards."""
         magnitudes = getattr(self.layer, "lora_magnitude_vector", {})
-        for name in self._active():
-            if name in magnitudes:
-                self._enter_dora(name, magnitudes[name])
+        for name, dora in magnitudes.items():
+            self._enter_dora(name, dora)
         self._window = window
 
     def _enter_dora(self, name: str, dora: nn.Module) -> None:
-        norm = ops.row_norm(self.weight.detach(), *self._of_adapter(name))
+        lora_A, lora_B, scaling = self._of_adapter(name)
+        operands = self.weight.detach(), lora_A.detach(), lora_B.detach()
+        norm = shards.row_norms(*([one] for one in operands), [scaling])[0]
         if name not in self._norms or self._norms[name].device != norm.device:
             # An ordinary tensor even in inference mode: autograd saves it.
             with torch.inference_mode(False):
@@ -185,6 +227,15 @@ class PeftSite(Bystander):
         self.require_clean("unmerge")
         type(self.layer).unmerge(self.layer)
 
+    def _update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """What adds an adapter, some starts of which read or write the weight."""
+        if self._window is not None and self._window.perturbed:
+            raise RuntimeError(
+                "peft: adding an adapter while in-place noise is written in the base weight; "
+                "close the window or use paused()"
+            )
+        type(self.layer).update_layer(self.layer, *args, **kwargs)
+
     def require_clean(self, action: str) -> None:
         """RuntimeError while a window is open."""
         if self._window is not None:
@@ -194,7 +245,9 @@ class PeftSite(Bystander):
         """Leave the layer as it was."""
         self._attached = False
         self.layer.base_layer.__dict__.pop("forward", None)
-        for name in ("merge", "unmerge"):
+        if self._styled is not None:
+            self.layer.base_layer.forward = self._styled
+        for name in ("merge", "unmerge", "update_layer"):
             self.layer.__dict__.pop(name, None)
         for dora, hook in self._hooks:
             hook.remove()

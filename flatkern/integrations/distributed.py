@@ -1,7 +1,8 @@
 """Tensor parallelism for `LoRALinear`: plans for torch's `parallelize_module`.
 
-DDP and FSDP2 (`fully_shard`) need nothing from here. Whatever cuts the weights, an element's noise
-depends on its place in the whole weight: the noise is that of one process.
+DDP and FSDP2 (`fully_shard`) need nothing from here, and PEFT's layers take torch's own styles
+(docs/distributed.md). Whatever cuts the weights, an element's noise depends on its place in the
+whole weight: the noise is that of one process.
 
     plan = {"q_proj": LoRAColwise(), "o_proj": LoRARowwise()}
     parallelize_module(layer, mesh, plan)

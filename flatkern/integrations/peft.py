@@ -30,7 +30,8 @@ def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise
     For LoRA layers (rsLoRA, PiSSA, LoRA-GA and other starts, DoRA) and AdaLoRA's, over `nn.Linear`
     bases. The scale is that of W' with the adapters that are active when the window is opened; a
     disabled adapter's forward is clean. PEFT's own branch, its files and the model's state_dict
-    keys stay what they are. In a window `merge` and `unmerge` raise.
+    keys stay what they are. In a window `merge` and `unmerge` raise; in place, adding an adapter
+    too. FSDP2 and tensor parallelism may have sharded the weights: the noise is the same.
 
     Args:
         model: a PeftModel, or any module with PEFT layers.

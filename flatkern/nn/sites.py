@@ -18,12 +18,14 @@ class Site(Protocol):
         weight: the base weight [m, n], clean outside windows; None where a window cannot show it.
         scaling: s of W' = W + s B A.
         merged: whether `weight` holds W' at the moment.
+        takes_shards: whether a window can show `weight` where it is a DTensor.
         _window: the `Target` of the open window or None.
     """
 
     weight: Tensor | None
     scaling: float
     merged: bool
+    takes_shards: bool
     _window: Any
 
     def factors(self) -> tuple[Tensor, Tensor]:

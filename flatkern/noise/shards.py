@@ -108,8 +108,8 @@ def row_norms(
     own_As, own_Bs = (None, None) if lora_As is None else ([], [])
     for part, lora_A, lora_B in zip(parts, lora_As or (), lora_Bs or (), strict=False):
         rows, cols = part.local.shape
-        own_As.append(_whole(lora_A)[:, part.col : part.col + cols])
-        own_Bs.append(_whole(lora_B)[part.row : part.row + rows])
+        own_As.append(whole(lora_A)[:, part.col : part.col + cols])
+        own_Bs.append(whole(lora_B)[part.row : part.row + rows])
     full = [i for i, part in enumerate(parts) if part.local.shape[1:].numel() == _cols(weights[i])]
     found = ops.foreach_row_norm(
         [parts[i].local for i in full],
@@ -127,9 +127,9 @@ def row_norms(
         if own is None:
             adapters = (None, None) if own_As is None else (own_As[i], own_Bs[i])
             own = _squares(part.local, *adapters, scalings[i])
-        whole = own.new_zeros(weight.shape[0])
-        part.rows_of(whole).copy_(own)
-        sums.setdefault(groups, {})[i] = whole
+        every = own.new_zeros(weight.shape[0])
+        part.rows_of(every).copy_(own)
+        sums.setdefault(groups, {})[i] = every
     for groups, squares in sums.items():
         total = torch.cat(list(squares.values()))
         for group in groups:
@@ -143,7 +143,8 @@ def _cols(weight: Tensor) -> int:
     return weight.shape[1:].numel()
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """All of it on this rank; collective where it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

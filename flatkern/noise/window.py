@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import _backend
-from flatkern.nn import LoRALinear
 from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
@@ -325,9 +324,7 @@ class WeightNoise:
                 accepted = f"one that needs no Fisher where weights are sharded, as {target.name}"
                 _check.refuse(_OP, "strategy", accepted, "fisher")
             for layer in target.layers:
-                # Their scales and forwards take the weight in other ways.
-                own = type(layer).enter_window, type(layer).factors
-                if own != (LoRALinear.enter_window, LoRALinear.factors):
+                if not layer.takes_shards:
                     kind = type(layer).__name__.removeprefix("FSDP")
                     raise TypeError(
                         f"{_OP}: {target.name} must be of a LoRALinear where it is sharded, "

@@ -10,10 +10,13 @@ import torch
 
 pytest.importorskip("peft", reason="peft is not installed")
 
+import peft
 from peft import AdaLoraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tiny import adapted, bits, fill, llama, same_bits, tokens
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import flatkern
 from flatkern.integrations.peft import attach, detach
@@ -108,10 +111,30 @@ def test_a_window_is_that_of_lora_linear(mode, dtype, options):
             torch.testing.assert_close(grad, twin_grad, rtol=5 * rtol, atol=5 * rtol)
 
 
+def two_by_lora_ga():
+    """LoRA-GA's start, from the gradients of a batch."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["first", "second"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(),
+    )
+    base = Two()
+    before = base.first.weight.detach().clone()
+    peft.preprocess_loraga(base, config, lambda: base(batch()).square().sum().backward())
+    model = get_peft_model(base, config)
+    # PEFT moves what the adapters start with out of the base.
+    assert not torch.equal(layers(model)[0].base_layer.weight, before)
+    return model
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("init", ["pissa", "gaussian"])
+@pytest.mark.parametrize("init", ["pissa", "gaussian", "lora_ga"])
 def test_starts_take_the_scale_of_the_whole_weight(mode, init):
-    model = two(init_lora_weights=init)
+    if init == "lora_ga" and not hasattr(peft, "LoraGAConfig"):
+        pytest.skip("this peft has no LoRA-GA")
+    model = two_by_lora_ga() if init == "lora_ga" else two(init_lora_weights=init)
     noise = attach(model, SIGMA, seed=3, mode=mode)
     first, second = layers(model)
     deltas = [layer.get_delta_weight("default") for layer in (first, second)]
@@ -293,25 +316,173 @@ class Mixed(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(10, 16)
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.gpt2 = Conv1D(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.expert = Expert()
         self.linear = nn.Linear(16, 16)
         self.head = nn.Linear(16, 2)
 
     def forward(self, ids):
-        return self.head(self.linear(self.conv(self.embed(ids)[None])[0]))
+        x = self.gpt2(self.conv(self.embed(ids)[None])[0])
+        x, _ = self.attention(x, x, x)
+        return self.head(self.expert(self.linear(x)))
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(16))
+
+    def forward(self, x):
+        return x @ self.table
+
+
+SKIPPED = {
+    "embed": "lora.layer.Embedding",
+    "conv": "lora.layer.Conv2d",
+    "gpt2": "base layer Conv1D",
+    "attention": "lora.layer.MultiheadAttention",
+    "expert": "lora.layer.ParamWrapper",
+}
 
 
 def test_other_layers_are_named_and_saved_modules_left_alone():
-    config = LoraConfig(r=2, target_modules=["embed", "conv", "linear"], modules_to_save=["head"])
-    model = get_peft_model(Mixed(), config)
-    with pytest.warns(UserWarning, match=r"no noise on .*Embedding: .*embed; .*Conv2d: .*conv"):
+    targets = ["embed", "conv", "gpt2", "attention", "linear"]
+    config = LoraConfig(
+        r=2, target_modules=targets, target_parameters=["expert.table"], modules_to_save=["head"]
+    )
+    with warnings.catch_warnings():
+        # Of Conv1D's fan_in_fan_out.
+        warnings.simplefilter("ignore")
+        model = get_peft_model(Mixed(), config)
+    with pytest.warns(UserWarning, match="no noise on") as caught:
         noise = attach(model, SIGMA)
+    for name, reason in SKIPPED.items():
+        assert f"{reason}: base_model.model.{name}" in str(caught[0].message)
     assert [name.split(".")[-3] for name in noise.names] == ["linear"]
-    # Numbered as in the model without PEFT: embed, conv (2), linear.
-    assert "tensor 3 " in noise.summary()
+    # Numbered as in the model without PEFT.
+    number = [name for name, _ in Mixed().named_parameters()].index("linear.weight")
+    assert f"tensor {number} " in noise.summary()
     with noise.window():
         model(torch.arange(4)).sum().backward()
     detach(model)
     assert not any("_flatkern_site" in module.__dict__ for module in model.modules())
+
+
+def base_bits(model):
+    return bits(model, lambda name: "lora_" not in name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Another adapter of the same shape, on disk, and its values."""
+    folder = tmp_path_factory.mktemp("adapter")
+    other = two()
+    fill(other, seed=8)
+    other.save_pretrained(folder)
+    return folder, get_peft_model_state_dict(other)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_come_and_go_over_clean_weights(mode, inside, dora, saved):
+    folder, values = saved
+    model = two(use_dora=dora)
+    kind = {"r": 4, "lora_alpha": 6, "target_modules": ["first", "second"], "use_dora": dora}
+    model.add_adapter("other", LoraConfig(**kind))
+    fill(model, seed=5)
+    before = base_bits(model)
+    clean = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        clean[name] = model(batch())
+    noise = attach(model, SIGMA, seed=3, mode=mode)
+    acts = [
+        lambda: model.set_adapter("other"),
+        lambda: hotswap_adapter(model, folder, "other") if not dora else None,
+        lambda: model.set_adapter("default"),
+        lambda: model.delete_adapter("other"),
+    ]
+    for act in acts:
+        if inside:
+            with noise.window():
+                model(batch())
+                act()
+                model(batch()).sum().backward()
+                if act is acts[0]:
+                    # What was not active at the open is as clean underneath.
+                    with noise.paused():
+                        assert torch.equal(model(batch()), clean["other"])
+        else:
+            act()
+        assert same_bits(base_bits(model), {name: before[name] for name in base_bits(model)})
+        with noise.window():
+            assert not torch.equal(model(batch()), clean["default"])
+        if act is acts[1] and not dora:
+            found = get_peft_model_state_dict(model, adapter_name="other")
+            assert all(torch.equal(found[name], values[name]) for name in values)
+    assert torch.equal(model(batch()), clean["default"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_that_becomes_active_in_a_window_divides_by_the_clean_norm(mode, dropout):
+    results = []
+    for late in (False, True):
+        model = two(use_dora=True, lora_dropout=dropout)
+        kind = {"target_modules": ["first", "second"], "use_dora": True, "lora_dropout": dropout}
+        model.add_adapter("other", LoraConfig(**kind))
+        fill(model, seed=5)
+        # Of equal scale whatever is active.
+        noise = attach(model, SIGMA, strategy="gaussian", mode=mode)
+        if not late:
+            model.set_adapter("other")
+        with noise.window():
+            model.set_adapter("other")
+            torch.manual_seed(5)
+            results.append(layers(model)[0](batch()))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_adapters_are_loaded_over_clean_weights_alone(mode, start, saved):
+    folder, values = saved
+    model = two()
+    before = base_bits(model)
+    noise = attach(model, SIGMA, mode=mode)
+    config = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=start)
+    with noise.window():
+        if mode == "inplace":
+            # PiSSA's start decomposes the weight, and writes it.
+            for act in (
+                lambda: model.add_adapter("more", config),
+                lambda: model.load_adapter(folder, "more"),
+            ):
+                with pytest.raises(RuntimeError, match="adding an adapter while in-place noise"):
+                    act()
+            assert list(model.peft_config) == ["default"]
+            with noise.paused():
+                model.load_adapter(folder, "more")
+        else:
+            model.load_adapter(folder, "more")
+        model(batch())
+    assert same_bits(base_bits(model), before)
+    found = get_peft_model_state_dict(model, adapter_name="more")
+    assert all(torch.equal(found[name], values[name]) for name in values)
+
+
+def test_a_scaling_that_is_a_tensor_counts():
+    scales = []
+    for prepared in (False, True):
+        model = two()
+        if prepared:
+            prepare_model_for_compiled_hotswap(model)
+        noise = attach(model, SIGMA)
+        with noise.window():
+            scales.append(noise._targets[0].row_scale.clone())
+    assert torch.equal(*scales)
 
 
 def test_nothing_is_attached_where_nothing_can_be():
@@ -327,6 +498,15 @@ def test_nothing_is_attached_where_nothing_can_be():
     with pytest.raises(TypeError, match="model"):
         attach("model")
     assert attributes(model) == before
+
+
+def test_a_part_that_does_not_know_its_place_is_skipped():
+    """As older transformers leave what tensor parallelism has cut."""
+    model = two()
+    layers(model)[0].base_layer._hf_tp_plan = "colwise"
+    with pytest.warns(UserWarning, match=r"part of a larger one, and no DTensor: .*first"):
+        noise = attach(model)
+    assert [name.split(".")[-3] for name in noise.names] == ["second"]
 
 
 def test_dora_beside_another_adapter_is_refused():

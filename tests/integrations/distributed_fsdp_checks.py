@@ -1,0 +1,124 @@
+"""Options of FSDP2, what is used with it, and DDP's accumulation, on every rank."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from on_ranks import (
+    CLOSE,
+    IN,
+    MODES,
+    ROUNDED,
+    assert_same_bits,
+    assert_trained_alike,
+    batch_of,
+    check,
+    full_state,
+    layers_of,
+    make_model,
+    my_batch,
+    sgd,
+    train,
+    with_ddp,
+    with_fsdp,
+)
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+import flatkern
+
+
+def assert_trains_alike(model, mode, rank, **tolerances):
+    """As one process in float32 does, and the base keeps its bits."""
+    options = {"sigma": 0.3, "mode": mode, "seed": 7}
+    reference = make_model()
+    expected = train(reference, flatkern.WeightNoise(reference, **options), batch_of)
+    batch = functools.partial(my_batch, "fsdp", rank=rank)
+    found = train(model, flatkern.WeightNoise(model, **options), batch)
+    assert_trained_alike(found, expected, dist.get_world_size(), **tolerances)
+    frozen = {name: value for name, value in full_state(model).items() if "lora" not in name}
+    clean = make_model().state_dict()
+    assert_same_bits(
+        {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in frozen.items()},
+        {name: value for name, value in clean.items() if "lora" not in name},
+    )
+
+
+@check(*MODES, ranks=(2,))
+def fsdp_mixed_precision(mode, rank, folder):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    assert_trains_alike(with_fsdp(make_model(), mp_policy=policy), mode, rank, **ROUNDED)
+    # The product with the identity shows the weight that a layer sees.
+    options = {"sigma": 0.3, "seed": 7, "mode": mode}
+    reference, model = make_model(), make_model()
+    layer, right = layers_of(model)[0], layers_of(reference)[0]
+    with torch.no_grad():
+        for each in (layer, right):
+            each.lora_B.zero_()
+            each.bias.zero_()
+    with_fsdp(model, mp_policy=policy)
+    alone = flatkern.WeightNoise(reference, **options)
+    with flatkern.WeightNoise(model, **options).window(), torch.no_grad():
+        seen = layer(torch.eye(IN)).t()
+    with alone.window():
+        target, clean = alone._targets[0], alone._targets[0].clean_weight()
+        before, after = (torch.bfloat16, None) if mode == "virtual" else (None, torch.bfloat16)
+        expected = flatkern.ops.perturb(
+            clean.to(before or clean.dtype), target.row_scale, target.key
+        )
+    assert seen.dtype == torch.bfloat16
+    assert torch.equal(seen, expected.to(after or expected.dtype))
+
+
+@check(*MODES, ranks=(2,))
+def fsdp_cpu_offload(mode, rank, folder):
+    model = with_fsdp(make_model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    assert_trains_alike(model, mode, rank)
+
+
+@check(*MODES, ranks=(2,))
+def fsdp_activation_checkpointing(mode, rank, folder):
+    model = make_model()
+    for index in (1, 3):
+        model[index] = checkpoint_wrapper(model[index])
+    assert_trains_alike(with_fsdp(model), mode, rank)
+
+
+@check(ranks=(2,))
+def fsdp_compile(_, rank, folder):
+    """Layer by layer, each compiled once for all its windows."""
+    model = make_model()
+    counters = [CompileCounterWithBackend("aot_eager") for _ in layers_of(model)]
+    for layer, counter in zip(layers_of(model), counters, strict=True):
+        layer.compile(backend=counter)
+    assert_trains_alike(with_fsdp(model), "virtual", rank)
+    assert [counter.frame_count for counter in counters] == [1, 1]
+
+
+@check(ranks=(2,))
+def ddp_sums_gradients_once_a_pass(_, rank, folder):
+    def loss_of(model):
+        return lambda batch: nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    def count(calls, bucket):
+        calls.append(bucket)
+        future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+        return future.get_future().then(lambda done: done.value()[0])
+
+    passes = {"FlatLoRA": 1, "LPFSGD": 1, "SAM": 2, "MixedRWP": 2}
+    for name, expected in passes.items():
+        kind, calls = getattr(flatkern.methods, name), []
+        reference, model = make_model(), with_ddp(make_model())
+        model.register_comm_hook(calls, count)
+        alone = kind(reference, sgd(reference))
+        method = kind(model, sgd(model))
+        right = alone.step(loss_of(reference), [batch_of(i) for i in range(4)])
+        found = method.step(loss_of(model), [my_batch("ddp", i, rank) for i in range(4)])
+        found = torch.tensor(found)
+        dist.all_reduce(found)
+        torch.testing.assert_close(found / 2, torch.tensor(right), **CLOSE, msg=name)
+        for mine, other in zip(model.module.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, **CLOSE, msg=name)
+        assert len(calls) == expected, name
