@@ -120,18 +120,13 @@ def loss_rise(
     kind = {"device_type": next(iter(devices)).type} if devices else {}
     losses = []
     for view in (contextlib.nullcontext, noise.paused):
-        try:
-            # An autocast around this would go on using casts of other weights, without gradients.
-            torch.clear_autocast_cache()
-            with (
-                view(),
-                torch.no_grad(),
-                still_statistics(model),
-                torch.random.fork_rng(devices, **kind),
-            ):
-                value = loss()
-        finally:
-            torch.clear_autocast_cache()
+        with (
+            view(),
+            torch.no_grad(),
+            still_statistics(model),
+            torch.random.fork_rng(devices, **kind),
+        ):
+            value = loss()
         if value is None:
             return None
         losses.append(value.detach().float())

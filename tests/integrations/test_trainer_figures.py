@@ -9,10 +9,14 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from peft import LoraConfig
 from tiny import adapted, bits, same_bits
 from tiny_trainer import MODES, SIGMA, trainer_of
+from torch import nn
 from transformers import TrainerCallback
 
+import flatkern
+from flatkern.integrations._run import loss_rise
 from flatkern.integrations.peft import attach
 from flatkern.integrations.transformers import FlatLoRACallback
+from flatkern.nn import replace_linear
 
 
 def dropped(p):
@@ -105,6 +109,33 @@ def test_both_losses_have_the_same_dropout(tmp_path):
     trainer = trainer_of(tmp_path, dropped(0.5), FlatLoRACallback(sigma=0.0))
     trainer.train()
     assert rises(trainer) == dict.fromkeys(range(1, 7), 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_measuring_leaves_the_model_as_it_was(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    replace_linear(model, "all-linear", r=2)
+    noise = flatkern.WeightNoise(model, SIGMA, mode=mode)
+    x = torch.randn(16, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+
+    def loss():
+        assert not torch.is_grad_enabled()
+        return model(x).square().mean()
+
+    with noise.window():
+        rise = loss_rise(noise, model, loss)
+        assert torch.equal(torch.get_rng_state(), generator)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        noisy = model(x).square().mean().item()
+    torch.set_rng_state(generator)
+    clean = model(x).square().mean().item()
+    assert rise.item() == pytest.approx(noisy - clean, abs=1e-6)
+    assert rise.item() != 0
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_model_without_a_loss_of_its_own_is_not_measured(tmp_path):
