@@ -29,37 +29,41 @@ WIDTH, HEIGHT, DPI = 4.6, 3.4, 130  # of one panel, in inches
 def plot_radius(runs: list[Run], path: Path) -> None:
     """Train loss against noise radius; one panel per setting."""
     settings, figure, axes = _panels(runs, rows=1)
+    few = _few(runs)
     for setting, axis in zip(settings, axes[0], strict=True):
         for (name, arm), group in grouped(runs).items():
             if name == setting:
                 by_radius = zip(*(run.radius_loss for run in group), strict=True)
                 values = [np.concatenate(draws) for draws in by_radius]
-                _line(axis, arm, RADII, values)
+                _line(axis, arm, RADII, values, few)
         axis.set_title(f"{setting}, {_epochs(runs, setting)} epochs")
         axis.set_xlabel(r"noise radius $\sigma$ (length of noise row / weight row)")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("train loss under noise (nats)")
-    _legend(axes[0][0], f"mean ± sd: {_seeds(runs)}, draws: {len(runs[0].radius_loss[-1])}")
+    _legend(figure, axes[0][0], few, f"{_seeds(runs)}, draws: {len(runs[0].radius_loss[-1])}")
     _save(figure, path)
 
 
 def plot_curves(runs: list[Run], path: Path) -> None:
     """Train loss and test accuracy against the epoch; one column per setting."""
     settings, figure, axes = _panels(runs, rows=2)
+    few = _few(runs)
     for column, setting in enumerate(settings):
         loss, accuracy = axes[0][column], axes[1][column]
         for (name, arm), group in grouped(runs).items():
             if name == setting:
                 epochs = group[0].curve_epoch
-                _line(loss, arm, epochs, np.array([run.curve_train_loss for run in group]).T)
-                _line(accuracy, arm, epochs, np.array([run.curve_accuracy for run in group]).T)
+                losses = np.array([run.curve_train_loss for run in group]).T
+                accuracies = np.array([run.curve_accuracy for run in group]).T
+                _line(loss, arm, epochs, losses, few)
+                _line(accuracy, arm, epochs, accuracies, few)
         loss.set_title(setting)
         loss.set_ylim(bottom=0)
         accuracy.set_xlabel("epoch")
         accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("train loss without noise (nats)")
     axes[1][0].set_ylabel(f"accuracy on {CURVE_SENTENCES} test {IN_DOMAIN} (%)")
-    _legend(axes[0][0], f"mean ± sd: {_seeds(runs)}")
+    _legend(figure, axes[0][0], few, _seeds(runs))
     _save(figure, path)
 
 
@@ -71,19 +75,32 @@ def _panels(runs: list[Run], rows: int) -> tuple[list[str], Figure, np.ndarray]:
     return settings, figure, axes
 
 
-def _line(axis: Axes, arm: str, x: list[float], values: np.ndarray | list[np.ndarray]) -> None:
-    """Mean of values [point][sample] with a band of one standard deviation."""
+def _line(
+    axis: Axes, arm: str, x: list[float], values: np.ndarray | list[np.ndarray], band: bool
+) -> None:
+    """Mean of values [point][sample], with a band of one standard deviation if asked for."""
     mean = np.array([np.mean(samples) for samples in values])
     deviation = np.array([np.std(samples, ddof=1) if len(samples) > 1 else 0 for samples in values])
     style = STYLES.get(arm) or OTHERS[len(axis.lines) % len(OTHERS)]
     axis.plot(x, mean, label=arm, markersize=4, linewidth=1.6, **style)
-    axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+    if band:
+        low, high = mean - deviation, mean + deviation
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
 
 
-def _legend(axis: Axes, title: str) -> None:
-    many = len(axis.lines) > len(STYLES)
-    options = {"ncols": 2, "fontsize": "xx-small", "title_fontsize": "xx-small"} if many else {}
-    axis.legend(frameon=False, title=title, alignment="left", **options)
+def _few(runs: list[Run]) -> bool:
+    """Whether bands and a legend inside leave the lines to be seen."""
+    return len({run.recipe.arm for run in runs}) <= len(STYLES)
+
+
+def _legend(figure: Figure, axis: Axes, few: bool, samples: str) -> None:
+    options = {"frameon": False, "alignment": "left"}
+    if few:
+        axis.legend(title=f"mean ± sd: {samples}", **options)
+    else:
+        title = f"mean: {samples}"
+        handles = axis.get_legend_handles_labels()
+        figure.legend(*handles, title=title, loc="outside right upper", fontsize="small", **options)
 
 
 def _seeds(runs: list[Run]) -> str:
