@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # that CUDA kernels compile against; elsewhere a smaller one does.
 TORCH ?= $(if $(shell command -v nvcc),torch==2.14.1,torch==2.13.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: setup demo test bench gpu lint format clean
@@ -27,8 +28,9 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE) flatkern/demo/requirements.txt
 demo: setup
 	$(BIN)/flatkern demo --out demo-results
 
+# By file, because some files compile for all of their tests at once.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m bench.run

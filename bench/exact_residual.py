@@ -12,8 +12,8 @@ import time
 import torch
 
 import flatkern
-from bench.bits import changed
 from flatkern import ops
+from flatkern._bits import count_changed
 from flatkern.ops.residual import pool_need
 
 KEY = flatkern.NoiseKey(1, 2, 3, 4).to("cpu")
@@ -36,10 +36,10 @@ def count_wrong(weight: torch.Tensor, scale: torch.Tensor, elementwise: bool) ->
     work, residual = weight.clone(), ops.new_residual(weight)
     ops.perturb_(work, scale, KEY, elementwise=elementwise, residual=residual)
     noisy = ops.perturb(weight, scale, KEY, elementwise=elementwise)
-    wrong = changed(work, noisy)
+    wrong = count_changed(work, noisy)
     size = pool_need(residual)[0]
     ops.restore_(work, scale, KEY, elementwise=elementwise, residual=residual)
-    return wrong + changed(work, weight), size
+    return wrong + count_changed(work, weight), size
 
 
 def report(name: str, pairs: int, wrong: int, size: int, begin: float) -> int:

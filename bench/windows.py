@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import flatkern
 from bench import baselines
-from bench.bits import changed
 from bench.run import conditions
+from flatkern._bits import count_changed
 from flatkern.nn import replace_linear
 
 RESULTS = Path(__file__).parent / "results" / "windows"
@@ -105,7 +105,9 @@ def with_residual(weights: list[Tensor], windows: int, tick: Callable[[], None])
             pass
         tick()
     seconds = time.perf_counter() - begin
-    wrong = sum(changed(layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
+    wrong = sum(
+        count_changed(layer.weight, weight) for layer, weight in zip(model, weights, strict=True)
+    )
     elements = sum(weight.numel() for weight in weights)
     held = sum(target.keeper.nbytes() for target in noise._targets)
     return wrong, 8 * held / elements, 1e3 * seconds / windows
@@ -123,7 +125,7 @@ def published(weight: Tensor, windows: int, tick: Callable[[], None]) -> tuple[f
         baselines.published_restore_(work, norm, SIGMA, step)
         tick()
     drift = (work.double() - weight.double()).norm() / weight.double().norm()
-    return changed(work, weight) / weight.numel(), drift.item()
+    return count_changed(work, weight) / weight.numel(), drift.item()
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -21,7 +21,6 @@ LEVELS = {
     "nn": 2,
     "noise": 2,
     "methods": 3,
-    "landscape": 3,
     "integrations": 4,
     "cli": 5,
     "demo": 5,
@@ -29,9 +28,9 @@ LEVELS = {
     "__init__": 6,
 }
 IMPLEMENTATIONS = ("reference", "triton", "_C")
-# Private modules at the top (_backend, _memory, _version) carry no part of the meaning and may be
-# used anywhere; the only thing they may know of the rest is the extension that they load.
-THIRD_PARTY = ("integrations", "demo", "landscape", "cli")
+# Private modules at the top (_backend, _bits, _memory, _version) carry no part of the meaning and
+# may be used anywhere; the only thing they may know of the rest is the extension that they load.
+THIRD_PARTY = ("integrations", "demo", "cli")
 ALLOWED_THIRD_PARTY = {"triton": {"triton"}, "nn": {"safetensors"}}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -136,7 +135,7 @@ def test_third_parties_stay_at_the_edge():
 
 
 def test_no_third_party_at_import_of_a_module_that_the_package_imports():
-    # landscape, integrations and cli may use third parties; `import flatkern` must not need them.
+    # integrations and cli may use third parties; `import flatkern` must not need them.
     code = """
 import random, sys
 import torch

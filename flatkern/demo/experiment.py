@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import flatkern
+from flatkern._bits import count_changed
 from flatkern._memory import peak_bytes
 from flatkern.demo.data import epoch_order
 from flatkern.demo.model import Batch, Encoded, TopLayers
@@ -146,14 +147,7 @@ class FrozenWeights:
 
     def changed(self) -> int:
         """How many elements of the frozen tensors do not have the bits that they had."""
-        return sum(
-            int((_bits(weight.detach()) != _bits(self._before[name])).sum())
-            for name, weight in self._frozen()
-        )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+        return sum(count_changed(weight, self._before[name]) for name, weight in self._frozen())
 
 
 def run(

@@ -354,7 +354,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("method_type", "option", "error"), WRONG, ids=str)
+@pytest.mark.parametrize(("method_type", "option", "error"), WRONG)
 def test_options_are_checked(method_type, option, error):
     model = make_model()
     with pytest.raises(error, match=next(iter(option))):

@@ -246,7 +246,7 @@ WRONG_LINEAR = [
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "text"), WRONG_LINEAR, ids=lambda value: str(value))
+@pytest.mark.parametrize(("make", "error", "text"), WRONG_LINEAR)
 def test_from_linear_refuses(make, error, text):
     linear = make()
     with pytest.raises(error, match=text):

@@ -84,7 +84,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize(("option", "error"), WRONG, ids=str)
+@pytest.mark.parametrize(("option", "error"), WRONG)
 def test_options_are_checked(option, error):
     model = make_model()
     before = clean_weights(model)

@@ -33,19 +33,22 @@ LEFT_OUT = (
     "flush_denormal",
 )
 EVERY_OP = f"triton and not ({' or '.join(LEFT_OUT)})"
+# Foreach loops and noisy_linear goes through scratch, both over the ops before them.
+COMPOSED = (
+    *("bits_of_the_loop", "norms_of_the_loop", "left_out", "bad_value"),
+    *("values_and_gradients", "random_problems"),
+)
+# The longest first; few, because each starts a Python of its own.
 SELECTIONS = {
-    "kernels": (["triton/test_kernels.py"], ""),
-    "products": (["triton/test_fused_product.py"], ""),
-    "noise": (["ops/test_noise.py"], EVERY_OP),
-    "perturb": (["ops/test_perturb.py", "ops/test_perturb_tensors.py"], EVERY_OP),
-    "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
-    "foreach": (
-        ["ops/test_foreach.py"],
-        "triton and (bits_of_the_loop or norms_of_the_loop or left_out or bad_value)",
+    "kernels": (["triton/test_kernels.py", "triton/test_fused_product.py"], ""),
+    "perturb": (
+        ["ops/test_noise.py", "ops/test_perturb.py", "ops/test_perturb_tensors.py"],
+        EVERY_OP,
     ),
-    "noisy_linear": (
-        ["ops/test_noisy_linear.py"],
-        "triton and (values_and_gradients or random_problems)",
+    "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
+    "composed": (
+        ["ops/test_foreach.py", "ops/test_noisy_linear.py"],
+        f"triton and ({' or '.join(COMPOSED)})",
     ),
 }
 
