@@ -21,22 +21,12 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench.sass_flow import Line, count, fused_products, loops, parse, path
+
 RESULTS = Path(__file__).parent / "results" / "sass"
 ARCHS = (80, 90, 100)
 
-_FUNCTION = re.compile(r"\s*\.section\s+\.text\.(\S+?),")
-_LABEL = re.compile(r"\s*(\.L_\w+):")
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;")
-_BRANCH = re.compile(r"BRA\b.*`\((\.L_\w+)\)")
 _WIDTH = re.compile(r"\.[US]?(256|128|64|16|8)\b")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of SASS: a label or an instruction without its predicate."""
-
-    label: str | None
-    text: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,7 @@ class Report:
     arch: int
     per_element: float | None  # None where no store is 128 bits wide
     loop: bool  # the hot part is a loop, not the whole kernel
+    path: float | None  # per element of the way through a kernel that has no hot loop
     loads: dict[str, int]  # by bits
     stores: dict[str, int]
     shared: int  # accesses to shared memory and shuffles
@@ -54,6 +45,8 @@ class Report:
     spill_bytes: int  # of stack, the whole kernel
     registers: int
     instructions: int  # of the whole kernel
+    cosines: int  # of the whole kernel: where noise is made
+    fused: int  # adds of unrounded noise, of the whole kernel
 
 
 def tool(name: str) -> str:
@@ -72,29 +65,6 @@ def tool(name: str) -> str:
     return on_path
 
 
-def parse(text: str) -> dict[str, list[Line]]:
-    """Lines of each function in nvdisasm's output."""
-    functions: dict[str, list[Line]] = {}
-    lines: list[Line] | None = None
-    for row in text.splitlines():
-        if match := _FUNCTION.match(row):
-            lines = functions.setdefault(match[1], [])
-        elif re.match(r"\s*\.section\s", row):
-            lines = None
-        elif lines is None:
-            continue
-        elif match := _LABEL.match(row):
-            lines.append(Line(match[1], ""))
-        elif match := _INSTRUCTION.match(row):
-            lines.append(Line(None, match[1]))
-    return functions
-
-
-def count(lines: list[Line]) -> int:
-    """Instructions, without the padding behind the end."""
-    return sum(line.label is None and not line.text.startswith("NOP") for line in lines)
-
-
 def widths(lines: list[Line], kind: str) -> dict[str, int]:
     """How many global loads (LDG) or stores (STG) there are of each width in bits."""
     found: Counter[str] = Counter()
@@ -103,18 +73,6 @@ def widths(lines: list[Line], kind: str) -> dict[str, int]:
             match = _WIDTH.search(line.text.split()[0])
             found[match[1] if match else "32"] += 1
     return dict(sorted(found.items(), key=lambda item: -int(item[0])))
-
-
-def loops(lines: list[Line]) -> list[list[Line]]:
-    """The lines between each label and a branch back to it."""
-    places = {line.label: i for i, line in enumerate(lines) if line.label}
-    found = []
-    for i, line in enumerate(lines):
-        match = _BRANCH.search(line.text)
-        # The branch to itself that ends every function is no loop.
-        if match and places.get(match[1], i) < i - 1:
-            found.append(lines[places[match[1]] : i + 1])
-    return found
 
 
 def wide_bytes(lines: list[Line]) -> int:
@@ -126,6 +84,20 @@ def hot_part(lines: list[Line]) -> tuple[list[Line], bool]:
     """The smallest loop that holds wide stores, or everything; and whether it is a loop."""
     storing = [loop for loop in loops(lines) if wide_bytes(loop)]
     return (min(storing, key=count), True) if storing else (lines, False)
+
+
+def hot_path(lines: list[Line]) -> list[Line]:
+    """What a warp runs of a kernel without a hot loop where no element takes longer than others.
+
+    Of the ways that make all noise and move all vectors, that with the fewest other accesses to
+    global memory: lists, raw chunks and refusals have more. A residual's fields are part of it.
+    """
+
+    def rank(line: Line) -> tuple[int, ...]:
+        works = re.match(r"MUFU\.(COS|SIN)|FLO|(LDG|STG)\S*\.128", line.text)
+        return bool(works), -bool(re.match(r"LDG?\.|STG?\.|ATOMG|RED", line.text) and not works)
+
+    return path(lines, rank)
 
 
 def _matching(lines: list[Line], pattern: str) -> int:
@@ -153,6 +125,9 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
                 arch=int(arch[1] or arch[2]),
                 per_element=round(count(hot) / elements, 2) if elements else None,
                 loop=is_loop,
+                path=round(count(hot_path(lines)) / elements, 2)
+                if elements and not is_loop
+                else None,
                 loads=widths(hot, "LDG"),
                 stores=widths(hot, "STG"),
                 shared=_matching(hot, r"LDS|STS|LDSM|STSM|SHFL|ATOMS"),
@@ -160,6 +135,8 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
                 spill_bytes=stack,
                 registers=registers,
                 instructions=count(lines),
+                cosines=_matching(lines, r"MUFU\.COS"),
+                fused=len(fused_products(lines)),
             )
         )
     return reports

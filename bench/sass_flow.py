@@ -1,0 +1,171 @@
+"""What nvdisasm prints, and the ways through it."""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+_FUNCTION = re.compile(r"\s*\.section\s+\.text\.(\S+?),")
+_LABEL = re.compile(r"\s*(\.L_\w+):")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;")
+_TARGET = re.compile(r"BRA\b.*`\((\.L_\w+)\)")
+# Without an operand beside its target.
+_ALWAYS = re.compile(r"BRA(\.U)?\s+`\(")
+_REGISTER = re.compile(r"\b(R\d+)(\.F32x2|\.64)?")
+_TWO_REGISTERS = re.compile(r"FMUL2|FADD2|FFMA2|\w+\.(WIDE|64)\b")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of SASS: a label or an instruction without its predicate."""
+
+    label: str | None
+    text: str
+    guarded: bool = False  # by a predicate
+
+
+def parse(text: str) -> dict[str, list[Line]]:
+    """Lines of each function in nvdisasm's output."""
+    functions: dict[str, list[Line]] = {}
+    lines: list[Line] | None = None
+    for row in text.splitlines():
+        if match := _FUNCTION.match(row):
+            lines = functions.setdefault(match[1], [])
+        elif re.match(r"\s*\.section\s", row):
+            lines = None
+        elif lines is None:
+            continue
+        elif match := _LABEL.match(row):
+            lines.append(Line(match[1], ""))
+        elif match := _INSTRUCTION.match(row):
+            lines.append(Line(None, match[2], match[1] is not None))
+    return functions
+
+
+def count(lines: list[Line]) -> int:
+    """Instructions, without the padding behind the end."""
+    return sum(line.label is None and not line.text.startswith("NOP") for line in lines)
+
+
+def loops(lines: list[Line]) -> list[list[Line]]:
+    """The lines between each label and a branch back to it."""
+    places = {line.label: i for i, line in enumerate(lines) if line.label}
+    found = []
+    for i, line in enumerate(lines):
+        match = _TARGET.match(line.text)
+        # The branch to itself that ends every function is no loop.
+        if match and places.get(match[1], i) < i - 1:
+            found.append(lines[places[match[1]] : i + 1])
+    return found
+
+
+def successors(lines: list[Line]) -> list[list[int]]:
+    """Where each line may lead; the line behind the last is the end, and has an entry too.
+
+    A call leads behind itself: what it runs is not followed.
+    """
+    places = {line.label: i for i, line in enumerate(lines) if line.label}
+    found = []
+    for i, line in enumerate(lines):
+        to = []
+        if match := _TARGET.match(line.text):
+            to.append(places[match[1]])
+        elif re.match(r"EXIT\b|RET\b", line.text):
+            to.append(len(lines))
+        if not to or line.guarded or (match and not _ALWAYS.match(line.text)):
+            to.append(i + 1)
+        found.append(to)
+    return [*found, []]
+
+
+def _forward(edges: list[list[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Each line that the first leads to, behind those it leads to; edges that close loops left out.
+
+    A search in depth, without recursion.
+    """
+    open_, closed = {0}, set()
+    stack = [(0, iter(edges[0]))]
+    while stack:
+        line, left = stack[-1]
+        for to in left:
+            if to not in open_ and to not in closed:
+                open_.add(to)
+                stack.append((to, iter(edges[to])))
+                break
+        else:
+            stack.pop()
+            open_.remove(line)
+            closed.add(line)
+            yield line, [to for to in edges[line] if to in closed]
+
+
+def path(lines: list[Line], rank: Callable[[Line], tuple[int, ...]]) -> list[Line]:
+    """The way through a function whose ranks add up to the most; of those the shortest.
+
+    Loops are gone through once at most.
+    """
+    best: dict[int, tuple[int, ...]] = {}  # from there to the end; minus the instructions at last
+    then: dict[int, int] = {}
+    for at, to in _forward(successors(lines)):
+        line = lines[at] if at < len(lines) else Line("end", "")
+        own = (*rank(line), -(line.label is None))
+        if to:
+            then[at] = max(to, key=best.__getitem__)
+            own = tuple(map(sum, zip(own, best[then[at]], strict=True)))
+        elif at < len(lines):
+            # All that it leads to closes loops.
+            own = (-len(lines), *own[1:])
+        best[at] = own
+    found, at = [], 0
+    while at < len(lines):
+        found.append(lines[at])
+        at = then[at]
+    return found
+
+
+def fused_products(lines: list[Line]) -> list[str]:
+    """Instructions that add to c cos or c sin without rounding it first.
+
+    Follows what MUFU.COS and MUFU.SIN give through registers and products, along all ways, to a
+    fused multiply-add that multiplies it.
+    """
+    edges = successors(lines)
+    lines = [*lines, Line("end", "")]
+    before: list[set[str] | None] = [None] * len(lines)
+    before[0] = set()
+    found: dict[int, str] = {}
+    queue = deque([0])
+    while queue:
+        at = queue.popleft()
+        after = set(before[at])
+        line = lines[at]
+        operation = line.text.split()[0] if line.text else ""
+        targets, factors = _registers(line.text)
+        carries = bool(factors & after)
+        if re.match("FFMA|HFMA2|FMA", operation) and carries:
+            found[at] = line.text
+        is_noise = re.match(r"MUFU\.(COS|SIN)", operation)
+        if is_noise or (carries and re.match("FMUL|MOV", operation)):
+            after |= targets
+        elif not line.guarded:
+            after -= targets
+        for to in edges[at]:
+            if before[to] is None or not after <= before[to]:
+                before[to] = after | (before[to] or set())
+                queue.append(to)
+    return [found[at] for at in sorted(found)]
+
+
+def _registers(text: str) -> tuple[set[str], set[str]]:
+    """Registers that an instruction writes; those that it multiplies, or reads at all."""
+    operation, _, operands = text.partition(" ")
+    parts = [part.strip() for part in operands.split(",")]
+    # A pair's first register stands for both.
+    pairs = bool(_TWO_REGISTERS.match(operation))
+
+    def named(part: str) -> set[str]:
+        registers = {match[1] for match in _REGISTER.finditer(part)}
+        return registers | {f"R{int(r[1:]) + 1}" for r in registers} if pairs else registers
+
+    addend = 3 if re.match("FFMA|HFMA2|FMA", operation) else None
+    return named(parts[0]), set().union(*(named(part) for part in parts[1:addend]))
