@@ -89,15 +89,16 @@ def hot_part(lines: list[Line]) -> tuple[list[Line], bool]:
 def hot_path(lines: list[Line]) -> list[Line]:
     """What a warp runs of a kernel without a hot loop where no element takes longer than others.
 
-    Of the ways that make all noise and move all vectors, that with the fewest other accesses to
-    global memory: lists, raw chunks and refusals have more. A residual's fields are part of it.
+    Of the ways that make all noise and store all vectors, that with the fewest other accesses to
+    global memory: lists, raw chunks and refusals have more. Some element of a warp has bits for a
+    residual's stream, so that way leads over the stream.
     """
 
-    def rank(line: Line) -> tuple[int, ...]:
-        works = re.match(r"MUFU\.(COS|SIN)|FLO|(LDG|STG)\S*\.128", line.text)
-        return bool(works), -bool(re.match(r"LDG?\.|STG?\.|ATOMG|RED", line.text) and not works)
+    def rank(line: Line) -> tuple[int, int]:
+        works = re.match(r"MUFU\.(COS|SIN)|FLO|STG\S*\.128", line.text)
+        return bool(works), -bool(re.match(r"LDG?\.|STG?\.|ATOMG|RED\.", line.text) and not works)
 
-    return path(lines, rank)
+    return path(lines, rank, via=lambda line: line.text.startswith("ATOMS"))
 
 
 def _matching(lines: list[Line], pattern: str) -> int:
@@ -190,6 +191,7 @@ def table(reports: list[Report]) -> str:
             f"sm_{report.arch}",
             "" if report.per_element is None else f"{report.per_element:.2f}",
             "loop" if report.loop else "kernel",
+            "" if report.path is None else f"{report.path:.2f}",
             show(report.loads),
             show(report.stores),
             report.shared,
@@ -198,7 +200,18 @@ def table(reports: list[Report]) -> str:
         )
         for report in reports
     ]
-    headers = ("kernel", "arch", "instr/elem", "of", "loads", "stores", "shared", "regs", "spills")
+    headers = (
+        "kernel",
+        "arch",
+        "instr/elem",
+        "of",
+        "path",
+        "loads",
+        "stores",
+        "shared",
+        "regs",
+        "spills",
+    )
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -230,9 +243,11 @@ Made by `python -m bench.sass` without a GPU: {heading}.
 
 Static instructions of the smallest SASS loop that holds the stores of 128 bits or more (of the
 whole kernel, where no loop does), over the elements that those store. Loads, stores (count x bits)
-and accesses to shared memory are of the same part, registers and spills of the whole kernel. The
-loop of the CUDA `perturb_merged_kernel` is a turn over a block's rows with everything that a row
-may need, element by element at its end too: its count bounds no path.
+and accesses to shared memory are of the same part, registers and spills of the whole kernel. Path,
+where no loop does: the instructions on the way that makes all noise, stores all vectors and
+otherwise touches global memory least, which most warps take. The loop of the CUDA
+`perturb_merged_kernel` is a turn over a block's rows with everything that a row may need, element
+by element at its end too: its count bounds no path.
 
 {table(reports)}
 """

@@ -99,27 +99,35 @@ def _forward(edges: list[list[int]]) -> Iterator[tuple[int, list[int]]]:
             yield line, [to for to in edges[line] if to in closed]
 
 
-def path(lines: list[Line], rank: Callable[[Line], tuple[int, ...]]) -> list[Line]:
+def path(
+    lines: list[Line], rank: Callable[[Line], tuple[int, ...]], via: Callable[[Line], bool]
+) -> list[Line]:
     """The way through a function whose ranks add up to the most; of those the shortest.
 
-    Loops are gone through once at most.
+    It leads over one line at least that `via` is true of, if there is any. Loops are gone through
+    once at most.
     """
-    best: dict[int, tuple[int, ...]] = {}  # from there to the end; minus the instructions at last
-    then: dict[int, int] = {}
-    for at, to in _forward(successors(lines)):
-        line = lines[at] if at < len(lines) else Line("end", "")
+    edges, end = successors(lines), len(lines)
+    # From a line to the end, over a `via` still (True) or not: the ranks' sum and minus the
+    # instructions; the next line.
+    best: dict[tuple[int, bool], tuple[int, ...]] = {(end, False): (0,) * (len(rank(lines[0])) + 1)}
+    then: dict[tuple[int, bool], tuple[int, bool]] = {}
+    for at, to in _forward(edges):
+        if at == end:
+            continue
+        line = lines[at]
         own = (*rank(line), -(line.label is None))
-        if to:
-            then[at] = max(to, key=best.__getitem__)
-            own = tuple(map(sum, zip(own, best[then[at]], strict=True)))
-        elif at < len(lines):
-            # All that it leads to closes loops.
-            own = (-len(lines), *own[1:])
-        best[at] = own
-    found, at = [], 0
-    while at < len(lines):
-        found.append(lines[at])
-        at = then[at]
+        for needs in (False, True):
+            left = needs and not via(line)
+            ways = [(next_line, left) for next_line in to if (next_line, left) in best]
+            if ways:
+                then[at, needs] = way = max(ways, key=best.__getitem__)
+                best[at, needs] = tuple(map(sum, zip(own, best[way], strict=True)))
+    place = 0, any(map(via, lines))
+    found = []
+    while place[0] < end:
+        found.append(lines[place[0]])
+        place = then[place]
     return found
 
 

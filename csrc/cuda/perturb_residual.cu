@@ -86,14 +86,14 @@ FLATKERN_HD uint32_t count_ones(uint32_t bits) {
 // Low bits that are zero in every code of the chunk, at most kMaxGrid; 0 where GRID cannot be.
 __device__ __forceinline__ uint32_t common_zeros(const Packed<float>* weight, uint32_t* of_warps) {
   uint32_t all = 0;
-  for (int v = 0; v < kThreadVectors; ++v) {
+  for (int v = 0; v < kThreadVectors<float>; ++v) {
     for (int i = 0; i < kVector; ++i) all |= code_at(weight[v], i);
   }
   all = __reduce_or_sync(kWholeWarp, all);
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = all;
   __syncthreads();
   all = 1u << kMaxGrid;
-  for (int w = 0; w < kChunkWarps; ++w) all |= of_warps[w];
+  for (int w = 0; w < kChunkWarps<float>; ++w) all |= of_warps[w];
   // The lowest bit that is set: its number is the bits of what lies below.
   const uint32_t zeros = width_of((all & (0u - all)) - 1u);
   return zeros < kMinGrid ? 0 : zeros;
@@ -109,37 +109,38 @@ __device__ __forceinline__ void put_word(uint32_t* stream, uint32_t at, uint32_t
 }
 
 // All fields of a thread, `bits` of them: seldom more than a word.
+template <class T>
 __device__ __forceinline__ void put_fields(uint32_t* stream, uint32_t at, const VectorFields* found,
                                            uint32_t bits) {
   if (bits <= 32) {
     uint32_t all = 0, filled = 0;
 #pragma unroll
-    for (int i = 0; i < kThreadVectors * kQuads; ++i) {
+    for (int i = 0; i < kThreadVectors<T> * kQuads; ++i) {
       all |= found[i / kQuads].quads[i % kQuads] << filled % 32;
       filled += found[i / kQuads].bits[i % kQuads];
     }
     put_word(stream, at, all);
   } else {
 #pragma unroll
-    for (int i = 0; i < kThreadVectors * kQuads; ++i) {
+    for (int i = 0; i < kThreadVectors<T> * kQuads; ++i) {
       put_word(stream, at, found[i / kQuads].quads[i % kQuads]);
       at += found[i / kQuads].bits[i % kQuads];
     }
   }
 }
 
-// The thread's elements that are listed, as bits.
-template <class T>
-__device__ __forceinline__ void put_list(uint32_t* to, const Packed<T>* weight, uint32_t first,
+// The thread's elements that are listed, as bits. They are read again: W is still in its place.
+template <class T, bool Vector>
+__device__ __forceinline__ void put_list(uint32_t* to, const Tile<T, Vector>& tile,
                                          uint32_t listed) {
-#pragma unroll
-  for (int k = 0; k < kThreadElements; ++k) {
-    if ((listed >> k & 1u) == 0) continue;
-    const uint32_t code = code_at(weight[k / kVector], k % kVector);
+#pragma unroll 1
+  for (; listed != 0; listed &= listed - 1) {
+    const uint32_t position = tile.first + width_of(listed & (0u - listed)) - 1;
+    const uint32_t code = code_of(*tile.at(position));
     if constexpr (sizeof(T) == 2) {
-      *to++ = (first + k) << 16 | code;
+      *to++ = position << 16 | code;
     } else {
-      *to++ = first + k;
+      *to++ = position;
       *to++ = code;
     }
   }
@@ -147,33 +148,35 @@ __device__ __forceinline__ void put_list(uint32_t* to, const Packed<T>* weight, 
 
 // Vector: see Tile.
 template <class T, bool Elementwise, bool Vector>
-__global__ void __launch_bounds__(kChunkThreads)
+__global__ void __launch_bounds__(kChunkThreads<T>)
     perturb_residual_kernel(const __grid_constant__ Table<ResidualArgs> table) {
   // float32 has no bits to spare for elementwise noise: raw.
   constexpr bool kPacks = !(Elementwise && sizeof(T) == 4);
   alignas(16) __shared__ uint32_t stream[kStreamRoom];
-  __shared__ uint32_t totals[kChunkWarps], checks[kChunkWarps], others[kChunkWarps];
+  __shared__ uint32_t totals[kChunkWarps<T>], checks[kChunkWarps<T>], others[kChunkWarps<T>];
   __shared__ uint32_t entry;
   __shared__ Staged<Vector> staged;
   const Place place = place_of(table, blockIdx.x);
   const ResidualArgs& args = table.tensors[place.tensor];
   if (args.header->refused != 0) return;
-  static_assert(kStreamRoom == 4 * (kChunkThreads + 1));
-  reinterpret_cast<Bits128*>(stream)[threadIdx.x] = {};
-  if (threadIdx.x == 0) reinterpret_cast<Bits128*>(stream)[kChunkThreads] = {};
+  static_assert(kStreamRoom % 4 == 0);
+#pragma unroll
+  for (uint32_t i = threadIdx.x; i < kStreamRoom / 4; i += kChunkThreads<T>) {
+    reinterpret_cast<Bits128*>(stream)[i] = {};
+  }
 
   const ChunkSpan span = args.span(place.block);
   const Tile<T, Vector> tile(args.perturb, span, &staged);
-  Packed<T> weight[kThreadVectors], noisy[kThreadVectors];
+  Packed<T> weight[kThreadVectors<T>], noisy[kThreadVectors<T>];
 #pragma unroll
-  for (int v = 0; v < kThreadVectors; ++v) weight[v] = tile.load(v);
+  for (int v = 0; v < kThreadVectors<T>; ++v) weight[v] = tile.load(v);
   uint32_t grid = 0;
   if constexpr (sizeof(T) == 4 && kPacks) grid = common_zeros(weight, others);
 
-  VectorFields found[kThreadVectors] = {};
+  VectorFields found[kThreadVectors<T>] = {};
   uint32_t check = 0, bits = 0, listed = 0, missing = 0;
 #pragma unroll
-  for (int v = 0; v < kThreadVectors; ++v) {
+  for (int v = 0; v < kThreadVectors<T>; ++v) {
     float e[kVector];
     tile.noise(v, e);
     noisy[v] = perturb_packed<T, Elementwise>(weight[v], e);
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
     args.directory()[place.block] = entry;
   }
-  if (mode == ChunkMode::kPacked) put_fields(stream, packed.before & 0xFFFFu, found, bits);
+  if (mode == ChunkMode::kPacked) put_fields<T>(stream, packed.before & 0xFFFFu, found, bits);
   __syncthreads();
   // No room: the chunk is not perturbed. No mode that takes room is 0.
   if (entry == 0) return;
@@ -234,10 +237,11 @@ __global__ void __launch_bounds__(kChunkThreads)
     if (threadIdx.x == 0) payload[0] = sum_of(checks) * kCheckMultiplier;
     constexpr uint32_t kWords = kVector * sizeof(T) / 4;
 #pragma unroll
-    for (int v = 0; v < kThreadVectors; ++v) {
-      const uint32_t at = 1 + (threadIdx.x * kThreadVectors + v) * kWords;
+    for (int v = 0; v < kThreadVectors<T>; ++v) {
+      const uint32_t at = 1 + (threadIdx.x * kThreadVectors<T> + v) * kWords;
+      const Packed<T> before = tile.load(v);
       for (uint32_t i = 0; i < kWords; ++i) {
-        if (at + i < words) payload[at + i] = weight[v].bits[i / 4].w[i % 4];
+        if (at + i < words) payload[at + i] = before.bits[i / 4].w[i % 4];
       }
     }
   } else {
@@ -245,9 +249,10 @@ __global__ void __launch_bounds__(kChunkThreads)
       payload[0] = head;
       payload[1] = sum_of(checks) * kCheckMultiplier;
     }
-    for (uint32_t i = threadIdx.x; i < stream_words; i += kChunkThreads) payload[2 + i] = stream[i];
+    for (uint32_t i = threadIdx.x; i < stream_words; i += kChunkThreads<T>)
+      payload[2 + i] = stream[i];
     if (listed != 0) {
-      put_list(payload + 2 + stream_words + kEntryWords<T> * before, weight, tile.first, listed);
+      put_list(payload + 2 + stream_words + kEntryWords<T> * before, tile, listed);
     }
   }
   tile.store(noisy);
@@ -258,7 +263,8 @@ void launch_perturb_residual(const std::vector<ResidualArgs>& tensors, int, cuda
   launch_chunks(tensors, [&](const auto& table, auto weight, auto elementwise, auto vector) {
     FLATKERN_LAUNCH((perturb_residual_kernel<decltype(weight), decltype(elementwise)::value,
                                              decltype(vector)::value>),
-                    static_cast<int>(table.blocks()), kChunkThreads, stream, table);
+                    static_cast<int>(table.blocks()), kChunkThreads<decltype(weight)>, stream,
+                    table);
   });
 }
 

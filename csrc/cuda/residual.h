@@ -10,11 +10,16 @@
 
 namespace flatkern::cuda {
 
-// A block has a chunk, a thread the chunk's next kThreadVectors * kVector elements.
-constexpr int kThreadVectors = 2;
-constexpr int kThreadElements = kThreadVectors * kVector;
-constexpr int kChunkThreads = static_cast<int>(kChunk) / kThreadElements;
-constexpr int kChunkWarps = kChunkThreads / kWarp;
+// A block has a chunk, a thread the chunk's next kThreadElements. More of them share what a thread
+// does once; of float32 more would take too many registers.
+template <class T>
+constexpr int kThreadVectors = sizeof(T) == 4 ? 2 : 4;
+template <class T>
+constexpr int kThreadElements = kThreadVectors<T> * kVector;
+template <class T>
+constexpr int kChunkThreads = static_cast<int>(kChunk) / kThreadElements<T>;
+template <class T>
+constexpr int kChunkWarps = kChunkThreads<T> / kWarp;
 // A full stream: eight bits an element. A thread's fields may be read two words beyond.
 constexpr uint32_t kStreamWords = static_cast<uint32_t>(kChunk) * 8 / 32;
 constexpr uint32_t kStreamRoom = kStreamWords + 4;
@@ -41,14 +46,15 @@ __device__ __forceinline__ uint32_t plus_below(uint32_t sum, int distance) {
 #endif
 }
 
-__device__ __forceinline__ BlockSum block_sum(uint32_t value, uint32_t* totals) {
+template <int Warps>
+__device__ __forceinline__ BlockSum block_sum(uint32_t value, uint32_t (&totals)[Warps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   uint32_t sum = value;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) sum = plus_below(sum, distance);
   if (lane == kWarp - 1) totals[warp] = sum;
   __syncthreads();
-  const uint32_t total = lane < kChunkWarps ? totals[lane] : 0;
+  const uint32_t total = lane < Warps ? totals[lane] : 0;
   const uint32_t of_warps = __reduce_add_sync(kWholeWarp, lane < warp ? total : 0);
   return {of_warps + sum - value, __reduce_add_sync(kWholeWarp, total)};
 }
@@ -58,10 +64,11 @@ __device__ __forceinline__ void warp_total(uint32_t value, uint32_t* totals) {
   const uint32_t sum = __reduce_add_sync(kWholeWarp, value);
   if (threadIdx.x % kWarp == 0) totals[threadIdx.x / kWarp] = sum;
 }
-__device__ __forceinline__ uint32_t sum_of(const uint32_t* totals) {
+template <int Warps>
+__device__ __forceinline__ uint32_t sum_of(const uint32_t (&totals)[Warps]) {
   uint32_t sum = 0;
 #pragma unroll
-  for (int w = 0; w < kChunkWarps; ++w) sum += totals[w];
+  for (int w = 0; w < Warps; ++w) sum += totals[w];
   return sum;
 }
 
@@ -177,7 +184,7 @@ struct Tile {
       : args(args),
         span(span),
         count(span.count()),
-        first(threadIdx.x * kThreadElements),
+        first(threadIdx.x * kThreadElements<T>),
         base(static_cast<T*>(args.out) + span.row * args.out_stride + span.begin),
         staged(staged) {
     if constexpr (Vector) {
@@ -190,7 +197,7 @@ struct Tile {
       c = row_scale_of(inside ? args.row_scale[row_index] : 0.0f);
       group = static_cast<uint32_t>((args.window.col_offset + span.begin + j) / 4);
     } else {
-      for (uint32_t k = threadIdx.x; k < kChunk; k += kChunkThreads) {
+      for (uint32_t k = threadIdx.x; k < kChunk; k += kChunkThreads<T>) {
         staged->codes[k] = k < count ? code_of(*at(k)) : 0;
         staged->e[k] = 0.0f;
       }
@@ -211,7 +218,7 @@ struct Tile {
     const uint64_t begin = args.window.col_offset + span.begin;
     const uint32_t misfit = static_cast<uint32_t>(begin % 4);
     const uint32_t cols = span.cols, groups = (misfit + cols + 3) / 4;
-    for (uint32_t g = threadIdx.x; g < groups * span.rows; g += kChunkThreads) {
+    for (uint32_t g = threadIdx.x; g < groups * span.rows; g += kChunkThreads<T>) {
       const uint32_t i = g / groups;
       const PhiloxRow of = philox_row(load_key(args.window.key),
                                       static_cast<uint32_t>(args.window.row_offset + span.row + i));
@@ -257,16 +264,16 @@ struct Tile {
     if constexpr (Vector) {
       if (here == nullptr) return;
 #pragma unroll
-      for (int v = 0; v < kThreadVectors; ++v) store_packed(here + v * kVector, packed[v]);
+      for (int v = 0; v < kThreadVectors<T>; ++v) store_packed(here + v * kVector, packed[v]);
     } else {
 #pragma unroll
-      for (int v = 0; v < kThreadVectors; ++v) {
+      for (int v = 0; v < kThreadVectors<T>; ++v) {
         for (int i = 0; i < kVector; ++i) {
           staged->codes[first + v * kVector + i] = code_at(packed[v], i);
         }
       }
       __syncthreads();
-      for (uint32_t k = threadIdx.x; k < count; k += kChunkThreads) {
+      for (uint32_t k = threadIdx.x; k < count; k += kChunkThreads<T>) {
         *at(k) = value_of_code<T>(staged->codes[k]);
       }
     }
@@ -279,8 +286,10 @@ void launch_residual_begin(const std::vector<ResidualArgs>& tensors, bool restor
 
 // How the kernels read a weight's rows.
 inline bool takes_vectors(const PerturbArgs& args) {
+  const bool wide = args.out_dtype == Dtype::kFloat32;
   return is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
-         args.window.col_offset % 4 == 0 && args.window.cols % kThreadElements == 0;
+         args.window.col_offset % 4 == 0 &&
+         args.window.cols % (wide ? kThreadElements<float> : kThreadElements<BFloat16>) == 0;
 }
 
 template <class F>

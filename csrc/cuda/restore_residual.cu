@@ -42,7 +42,7 @@ FLATKERN_HD void add_fields(VectorBases<T>* found, const uint32_t* stream, uint3
                             uint32_t bits) {
   uint32_t joined = word_at(stream, at);
 #pragma unroll
-  for (int i = 0; i < kThreadVectors * kQuads; ++i) {
+  for (int i = 0; i < kThreadVectors<T> * kQuads; ++i) {
     VectorBases<T>& vector = found[i / kQuads];
     vector.widths.add(joined, i % kQuads, vector.base);
     const uint32_t width = vector.widths.bits(i % kQuads);
@@ -88,11 +88,11 @@ FLATKERN_HD Payload read_payload(const uint32_t* words, uint64_t room, ChunkMode
 
 // Vector: see Tile.
 template <class T, bool Elementwise, bool Vector>
-__global__ void __launch_bounds__(kChunkThreads)
+__global__ void __launch_bounds__(kChunkThreads<T>)
     restore_residual_kernel(const __grid_constant__ Table<ResidualArgs> table) {
   constexpr bool kPacks = !(Elementwise && sizeof(T) == 4);
   __shared__ uint32_t stream[kStreamRoom];
-  __shared__ uint32_t totals[kChunkWarps], checks[kChunkWarps];
+  __shared__ uint32_t totals[kChunkWarps<T>], checks[kChunkWarps<T>];
   __shared__ Staged<Vector> staged;
   const Place place = place_of(table, blockIdx.x);
   const ResidualArgs& args = table.tensors[place.tensor];
@@ -110,21 +110,21 @@ __global__ void __launch_bounds__(kChunkThreads)
       args.pool + offset, offset < args.capacity ? args.capacity - offset : 0, mode, span.count());
   if (!payload.plausible) return refuse();
 
-  for (uint32_t i = threadIdx.x; i < payload.stream_words; i += kChunkThreads) {
+  for (uint32_t i = threadIdx.x; i < payload.stream_words; i += kChunkThreads<T>) {
     stream[i] = payload.stream[i];
   }
   const Tile<T, Vector> tile(args.perturb, span, &staged);
-  Packed<T> result[kThreadVectors];
-  VectorBases<T> found[kThreadVectors];
+  Packed<T> result[kThreadVectors<T>];
+  VectorBases<T> found[kThreadVectors<T>];
   uint32_t check = 0, own_bits = 0, sum = 0;
 #pragma unroll
-  for (int v = 0; v < kThreadVectors; ++v) {
+  for (int v = 0; v < kThreadVectors<T>; ++v) {
     result[v] = tile.load(v);
     check += check_of(result[v], tile.first + v * kVector);
   }
   if (kPacks && mode != ChunkMode::kRaw) {
 #pragma unroll
-    for (int v = 0; v < kThreadVectors; ++v) {
+    for (int v = 0; v < kThreadVectors<T>; ++v) {
       float e[kVector];
       tile.noise(v, e);
       found[v] = bases_of<T, Elementwise>(result[v], e, payload.grid);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
     sum = own_bits;
     // A position outside of the chunk, counted above the bits.
-    for (uint32_t i = threadIdx.x; i < payload.listed; i += kChunkThreads) {
+    for (uint32_t i = threadIdx.x; i < payload.listed; i += kChunkThreads<T>) {
       const uint32_t item = payload.list[i * kEntryWords<T>];
       if ((sizeof(T) == 2 ? item >> 16 : item) >= tile.count) sum |= 1u << 16;
     }
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kChunkThreads)
     constexpr uint32_t kWords = kVector * sizeof(T) / 4;
     const uint32_t words = raw_words<T>(tile.count) - 1;
 #pragma unroll
-    for (int v = 0; v < kThreadVectors; ++v) {
-      const uint32_t at = (threadIdx.x * kThreadVectors + v) * kWords;
+    for (int v = 0; v < kThreadVectors<T>; ++v) {
+      const uint32_t at = (threadIdx.x * kThreadVectors<T> + v) * kWords;
       for (uint32_t i = 0; i < kWords; ++i) {
         if (at + i < words) result[v].bits[i / 4].w[i % 4] = payload.stream[at + i];
       }
@@ -157,12 +157,12 @@ __global__ void __launch_bounds__(kChunkThreads)
   } else {
     add_fields(found, stream, bits.before & 0xFFFFu, own_bits);
 #pragma unroll
-    for (int v = 0; v < kThreadVectors; ++v) set_words(result[v], found[v].base);
+    for (int v = 0; v < kThreadVectors<T>; ++v) set_words(result[v], found[v].base);
   }
   tile.store(result);
   if (payload.listed != 0) {
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < payload.listed; i += kChunkThreads) {
+    for (uint32_t i = threadIdx.x; i < payload.listed; i += kChunkThreads<T>) {
       const uint32_t* item = payload.list + i * kEntryWords<T>;
       const uint32_t position = sizeof(T) == 2 ? item[0] >> 16 : item[0];
       *tile.at(position) = value_of_code<T>(sizeof(T) == 2 ? item[0] : item[1]);
@@ -177,7 +177,8 @@ void launch_restore_residual(const std::vector<ResidualArgs>& tensors, int, cuda
   launch_chunks(tensors, [&](const auto& table, auto weight, auto elementwise, auto vector) {
     FLATKERN_LAUNCH((restore_residual_kernel<decltype(weight), decltype(elementwise)::value,
                                              decltype(vector)::value>),
-                    static_cast<int>(table.blocks()), kChunkThreads, stream, table);
+                    static_cast<int>(table.blocks()), kChunkThreads<decltype(weight)>, stream,
+                    table);
   });
 }
 
