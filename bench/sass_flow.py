@@ -11,8 +11,9 @@ _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;")
 _TARGET = re.compile(r"BRA\b.*`\((\.L_\w+)\)")
 # Without an operand beside its target.
 _ALWAYS = re.compile(r"BRA(\.U)?\s+`\(")
-_REGISTER = re.compile(r"\b(R\d+)(\.F32x2|\.64)?")
-_TWO_REGISTERS = re.compile(r"FMUL2|FADD2|FFMA2|\w+\.(WIDE|64)\b")
+_NOISE = re.compile(r"MUFU\.(COS|SIN)")
+_FUSED = re.compile(r"FFMA|HFMA2|FMA")
+_REGISTER = re.compile(r"\bR(\d+)")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def fused_products(lines: list[Line]) -> list[str]:
     Follows what MUFU.COS and MUFU.SIN give through registers and products, along all ways, to a
     fused multiply-add that multiplies it.
     """
+    if not any(_NOISE.match(line.text) for line in lines):
+        return []
     edges = successors(lines)
     lines = [*lines, Line("end", "")]
     before: list[set[str] | None] = [None] * len(lines)
@@ -150,9 +153,9 @@ def fused_products(lines: list[Line]) -> list[str]:
         operation = line.text.split()[0] if line.text else ""
         targets, factors = _registers(line.text)
         carries = bool(factors & after)
-        if re.match("FFMA|HFMA2|FMA", operation) and carries:
+        if _FUSED.match(operation) and carries:
             found[at] = line.text
-        is_noise = re.match(r"MUFU\.(COS|SIN)", operation)
+        is_noise = _NOISE.match(operation)
         if is_noise or (carries and re.match("FMUL|MOV", operation)):
             after |= targets
         elif not line.guarded:
@@ -168,12 +171,20 @@ def _registers(text: str) -> tuple[set[str], set[str]]:
     """Registers that an instruction writes; those that it multiplies, or reads at all."""
     operation, _, operands = text.partition(" ")
     parts = [part.strip() for part in operands.split(",")]
-    # A pair's first register stands for both.
-    pairs = bool(_TWO_REGISTERS.match(operation))
 
-    def named(part: str) -> set[str]:
-        registers = {match[1] for match in _REGISTER.finditer(part)}
-        return registers | {f"R{int(r[1:]) + 1}" for r in registers} if pairs else registers
+    def named(part: str, count: int) -> set[str]:
+        first = [int(number) for number in _REGISTER.findall(part)]
+        return {f"R{number + i}" for number in first for i in range(count)}
 
-    addend = 3 if re.match("FFMA|HFMA2|FMA", operation) else None
-    return named(parts[0]), set().union(*(named(part) for part in parts[1:addend]))
+    # Registers that are adjacent go by the first one's name.
+    two_lanes = re.match(r"F(MUL|ADD|FMA)2", operation)
+    wide = re.search(r"\.128|HMMA|LDSM", operation)
+    pair = two_lanes or re.search(r"\.64|\.WIDE|CS2R|^D(ADD|FMA|MUL)", operation)
+    stores = re.match(r"ST|RED\.", operation)
+    targets = set() if stores else named(parts[0], 4 if wide else 2 if pair else 1)
+    is_fused = _FUSED.match(operation)
+    factors = parts[1:3] if is_fused else parts[1:]
+    # Times zero: nothing is rounded.
+    if is_fused and any(factor.startswith("RZ") for factor in factors):
+        return targets, set()
+    return targets, set().union(*(named(part, 2 if "F32x2" in part else 1) for part in factors))

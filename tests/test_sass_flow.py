@@ -134,6 +134,7 @@ FUSED = {
         "MUFU.COS R7, R5",
         "@BRA `(.L_loop)",
     ],
+    "past a store": ["MUFU.COS R7, R5", "STG.E.128 desc[UR4][R6.64], R8", "FFMA R8, R6, R7, R9"],
     "kept by a guard": ["MUFU.COS R7, R5", "@MOV R7, RZ", "FFMA R8, R6, R7, R9"],
 }
 ROUNDED = {
@@ -142,6 +143,8 @@ ROUNDED = {
     "what a sum gave": ["MUFU.COS R7, R5", "FADD R7, R7, R3", "FFMA R8, R6, R7, R9"],
     "as an addend": ["MUFU.COS R7, R5", "FFMA R8, R6, R5, R7"],
     "written over": ["MUFU.COS R7, R5", "MOV R7, R2", "FFMA R8, R6, R7, R9"],
+    "times zero": ["MUFU.COS R7, R5", "FMUL R8, R6, R7", "FFMA R9, R8, RZ, R9"],
+    "loaded over": ["MUFU.COS R7, R5", "LDG.E.128 R4, desc[UR4][R2.64]", "FFMA R8, R6, R7, R9"],
     "not on the way": [
         "@BRA `(.L_add)",
         "MUFU.COS R7, R5",
