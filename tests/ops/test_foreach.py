@@ -270,14 +270,13 @@ def test_overlapping_weights_wait_for_each_other(threads, op, residuals):
 
 
 @pytest.mark.parametrize("op", INPLACE)
-def test_residuals_that_share_memory(with_residual, op):
+def test_residuals_that_share_memory(with_residual, device, op):
     """Nothing is written, the headers included."""
-    model = with_residual
-    weights = [make((4, 300), torch.float32, model.device, seed=i)[0] for i in range(3)]
-    scales = [torch.full((4,), 0.01, device=model.device)] * 3
-    keys = [make_key(model.device, (1, 2, 3, i)) for i in range(3)]
+    weights = [make((4, 300), torch.float32, device, seed=i)[0] for i in range(3)]
+    scales = [torch.full((4,), 0.01, device=device)] * 3
+    keys = [make_key(device, (1, 2, 3, i)) for i in range(3)]
     bytes_of_one = flatkern.ops.new_residual(weights[0]).numel()
-    both = torch.cat([new_residuals(weights)[0], torch.zeros(64, dtype=torch.uint8)])
+    both = torch.cat([new_residuals(weights)[0], torch.zeros(64, dtype=torch.uint8, device=device)])
     other = flatkern.ops.new_residual(weights[1])
     for shared in (both[:bytes_of_one], both[64:]):
         residuals = [both[:bytes_of_one], other, shared]
