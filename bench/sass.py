@@ -21,22 +21,12 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench.sass_flow import Line, count, fused_products, loops, parse, path
+
 RESULTS = Path(__file__).parent / "results" / "sass"
 ARCHS = (80, 90, 100)
 
-_FUNCTION = re.compile(r"\s*\.section\s+\.text\.(\S+?),")
-_LABEL = re.compile(r"\s*(\.L_\w+):")
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;")
-_BRANCH = re.compile(r"BRA\b.*`\((\.L_\w+)\)")
 _WIDTH = re.compile(r"\.[US]?(256|128|64|16|8)\b")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of SASS: a label or an instruction without its predicate."""
-
-    label: str | None
-    text: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,7 @@ class Report:
     arch: int
     per_element: float | None  # None where no store is 128 bits wide
     loop: bool  # the hot part is a loop, not the whole kernel
+    path: float | None  # per element of the way through a kernel that has no hot loop
     loads: dict[str, int]  # by bits
     stores: dict[str, int]
     shared: int  # accesses to shared memory and shuffles
@@ -54,6 +45,8 @@ class Report:
     spill_bytes: int  # of stack, the whole kernel
     registers: int
     instructions: int  # of the whole kernel
+    cosines: int  # of the whole kernel: where noise is made
+    fused: int  # adds of unrounded noise, of the whole kernel
 
 
 def tool(name: str) -> str:
@@ -72,29 +65,6 @@ def tool(name: str) -> str:
     return on_path
 
 
-def parse(text: str) -> dict[str, list[Line]]:
-    """Lines of each function in nvdisasm's output."""
-    functions: dict[str, list[Line]] = {}
-    lines: list[Line] | None = None
-    for row in text.splitlines():
-        if match := _FUNCTION.match(row):
-            lines = functions.setdefault(match[1], [])
-        elif re.match(r"\s*\.section\s", row):
-            lines = None
-        elif lines is None:
-            continue
-        elif match := _LABEL.match(row):
-            lines.append(Line(match[1], ""))
-        elif match := _INSTRUCTION.match(row):
-            lines.append(Line(None, match[1]))
-    return functions
-
-
-def count(lines: list[Line]) -> int:
-    """Instructions, without the padding behind the end."""
-    return sum(line.label is None and not line.text.startswith("NOP") for line in lines)
-
-
 def widths(lines: list[Line], kind: str) -> dict[str, int]:
     """How many global loads (LDG) or stores (STG) there are of each width in bits."""
     found: Counter[str] = Counter()
@@ -103,18 +73,6 @@ def widths(lines: list[Line], kind: str) -> dict[str, int]:
             match = _WIDTH.search(line.text.split()[0])
             found[match[1] if match else "32"] += 1
     return dict(sorted(found.items(), key=lambda item: -int(item[0])))
-
-
-def loops(lines: list[Line]) -> list[list[Line]]:
-    """The lines between each label and a branch back to it."""
-    places = {line.label: i for i, line in enumerate(lines) if line.label}
-    found = []
-    for i, line in enumerate(lines):
-        match = _BRANCH.search(line.text)
-        # The branch to itself that ends every function is no loop.
-        if match and places.get(match[1], i) < i - 1:
-            found.append(lines[places[match[1]] : i + 1])
-    return found
 
 
 def wide_bytes(lines: list[Line]) -> int:
@@ -126,6 +84,21 @@ def hot_part(lines: list[Line]) -> tuple[list[Line], bool]:
     """The smallest loop that holds wide stores, or everything; and whether it is a loop."""
     storing = [loop for loop in loops(lines) if wide_bytes(loop)]
     return (min(storing, key=count), True) if storing else (lines, False)
+
+
+def hot_path(lines: list[Line]) -> list[Line]:
+    """What a warp runs of a kernel without a hot loop where no element takes longer than others.
+
+    Of the ways that make all noise and store all vectors, that with the fewest other accesses to
+    global memory: lists, raw chunks and refusals have more. Some element of a warp has bits for a
+    residual's stream, so that way leads over the stream.
+    """
+
+    def rank(line: Line) -> tuple[int, int]:
+        works = re.match(r"MUFU\.(COS|SIN)|FLO|STG\S*\.128", line.text)
+        return bool(works), -bool(re.match(r"LDG?\.|STG?\.|ATOMG|RED\.", line.text) and not works)
+
+    return path(lines, rank, via=lambda line: line.text.startswith("ATOMS"))
 
 
 def _matching(lines: list[Line], pattern: str) -> int:
@@ -153,6 +126,9 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
                 arch=int(arch[1] or arch[2]),
                 per_element=round(count(hot) / elements, 2) if elements else None,
                 loop=is_loop,
+                path=round(count(hot_path(lines)) / elements, 2)
+                if elements and not is_loop
+                else None,
                 loads=widths(hot, "LDG"),
                 stores=widths(hot, "STG"),
                 shared=_matching(hot, r"LDS|STS|LDSM|STSM|SHFL|ATOMS"),
@@ -160,6 +136,8 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
                 spill_bytes=stack,
                 registers=registers,
                 instructions=count(lines),
+                cosines=_matching(lines, r"MUFU\.COS"),
+                fused=len(fused_products(lines)),
             )
         )
     return reports
@@ -213,6 +191,7 @@ def table(reports: list[Report]) -> str:
             f"sm_{report.arch}",
             "" if report.per_element is None else f"{report.per_element:.2f}",
             "loop" if report.loop else "kernel",
+            "" if report.path is None else f"{report.path:.2f}",
             show(report.loads),
             show(report.stores),
             report.shared,
@@ -221,7 +200,18 @@ def table(reports: list[Report]) -> str:
         )
         for report in reports
     ]
-    headers = ("kernel", "arch", "instr/elem", "of", "loads", "stores", "shared", "regs", "spills")
+    headers = (
+        "kernel",
+        "arch",
+        "instr/elem",
+        "of",
+        "path",
+        "loads",
+        "stores",
+        "shared",
+        "regs",
+        "spills",
+    )
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -253,9 +243,11 @@ Made by `python -m bench.sass` without a GPU: {heading}.
 
 Static instructions of the smallest SASS loop that holds the stores of 128 bits or more (of the
 whole kernel, where no loop does), over the elements that those store. Loads, stores (count x bits)
-and accesses to shared memory are of the same part, registers and spills of the whole kernel. The
-loop of the CUDA `perturb_merged_kernel` is a turn over a block's rows with everything that a row
-may need, element by element at its end too: its count bounds no path.
+and accesses to shared memory are of the same part, registers and spills of the whole kernel. Path,
+where no loop does: the instructions on the way that makes all noise, stores all vectors and
+otherwise touches global memory least, which most warps take. The loop of the CUDA
+`perturb_merged_kernel` is a turn over a block's rows with everything that a row may need, element
+by element at its end too: its count bounds no path.
 
 {table(reports)}
 """

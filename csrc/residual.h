@@ -79,20 +79,19 @@ constexpr uint32_t kEntryWords = sizeof(T) == 4 ? 2 : 1;
 
 // Words of a chunk in mode RAW: the check word, then W.
 template <class T>
-FLATKERN_HD constexpr uint32_t raw_words(int64_t count) {
-  return static_cast<uint32_t>(1 + (count * static_cast<int64_t>(sizeof(T)) + 3) / 4);
+FLATKERN_HD constexpr uint32_t raw_words(uint32_t count) {
+  return 1 + (count * static_cast<uint32_t>(sizeof(T)) + 3) / 4;
 }
 
 enum class ChunkMode : uint32_t { kClean, kPacked, kGrid, kRaw };
 
 // Elements of a chunk are adjacent in row-major order: part of a row, or whole short rows.
 struct ChunkSpan {
-  int64_t row, rows, begin, cols;
-  FLATKERN_HD int64_t count() const { return rows * cols; }
+  int64_t row, begin;
+  uint32_t rows, cols;
+  FLATKERN_HD uint32_t count() const { return rows * cols; }
 };
 
-// Divides in 32 bits, which hold the number of a chunk and the columns of a short row: a 64-bit
-// division is a call on the device.
 struct Chunks {
   int64_t rows, cols;
 
@@ -111,8 +110,9 @@ struct Chunks {
     const int64_t row = static_cast<int64_t>(chunk / per_row()) * rows_per_chunk();
     const int64_t begin = static_cast<int64_t>(chunk % per_row()) * kChunk;
     const int64_t rows_left = rows - row, cols_left = cols - begin;
-    return {row, rows_left < rows_per_chunk() ? rows_left : rows_per_chunk(), begin,
-            cols_left < kChunk ? cols_left : kChunk};
+    return {row, begin,
+            static_cast<uint32_t>(rows_left < rows_per_chunk() ? rows_left : rows_per_chunk()),
+            static_cast<uint32_t>(cols_left < kChunk ? cols_left : kChunk)};
   }
   // Bytes of the directory, padded.
   FLATKERN_HD int64_t directory_bytes() const { return (4 * count() + 15) / 16 * 16; }

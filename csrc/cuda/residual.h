@@ -5,16 +5,21 @@
 #include <tuple>
 #include <type_traits>
 
-#include "bracket.h"
+#include "fields.h"
 #include "perturb.h"
 
 namespace flatkern::cuda {
 
-// A block has a chunk, a thread the chunk's next kThreadVectors * kVector elements.
-constexpr int kThreadVectors = 2;
-constexpr int kThreadElements = kThreadVectors * kVector;
-constexpr int kChunkThreads = static_cast<int>(kChunk) / kThreadElements;
-constexpr int kChunkWarps = kChunkThreads / kWarp;
+// A block has a chunk, a thread the chunk's next kThreadElements. More of them share what a thread
+// does once; of float32 more would take too many registers.
+template <class T>
+constexpr int kThreadVectors = sizeof(T) == 4 ? 2 : 4;
+template <class T>
+constexpr int kThreadElements = kThreadVectors<T> * kVector;
+template <class T>
+constexpr int kChunkThreads = static_cast<int>(kChunk) / kThreadElements<T>;
+template <class T>
+constexpr int kChunkWarps = kChunkThreads<T> / kWarp;
 // A full stream: eight bits an element. A thread's fields may be read two words beyond.
 constexpr uint32_t kStreamWords = static_cast<uint32_t>(kChunk) * 8 / 32;
 constexpr uint32_t kStreamRoom = kStreamWords + 4;
@@ -25,26 +30,33 @@ struct BlockSum {
   uint32_t before, total;  // of the threads before this one; of all
 };
 
-FLATKERN_HD uint32_t pair_of(uint32_t low, uint32_t high) { return low | high << 16; }
+// `sum` and that of the lane so far below, where there is one.
+__device__ __forceinline__ uint32_t plus_below(uint32_t sum, int distance) {
+#ifdef __CUDA_ARCH__
+  // The shuffle itself says whether there is one.
+  asm("{ .reg .pred inside; .reg .b32 below;\n\t"
+      "shfl.sync.up.b32 below|inside, %0, %1, 0, -1;\n\t"
+      "@inside add.u32 %0, %0, below; }"
+      : "+r"(sum)
+      : "r"(distance));
+  return sum;
+#else
+  const uint32_t below = __shfl_up_sync(kWholeWarp, sum, distance);
+  return static_cast<int>(threadIdx.x % kWarp) >= distance ? sum + below : sum;
+#endif
+}
 
-__device__ __forceinline__ BlockSum block_sum(uint32_t value, uint32_t* totals) {
+template <int Warps>
+__device__ __forceinline__ BlockSum block_sum(uint32_t value, uint32_t (&totals)[Warps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   uint32_t sum = value;
 #pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const uint32_t up = __shfl_up_sync(kWholeWarp, sum, distance);
-    if (lane >= distance) sum += up;
-  }
+  for (int distance = 1; distance < kWarp; distance *= 2) sum = plus_below(sum, distance);
   if (lane == kWarp - 1) totals[warp] = sum;
   __syncthreads();
-  BlockSum result = {sum - value, 0};
-#pragma unroll
-  for (int w = 0; w < kChunkWarps; ++w) {
-    const uint32_t total = totals[w];
-    if (w < warp) result.before += total;
-    result.total += total;
-  }
-  return result;
+  const uint32_t total = lane < Warps ? totals[lane] : 0;
+  const uint32_t of_warps = __reduce_add_sync(kWholeWarp, lane < warp ? total : 0);
+  return {of_warps + sum - value, __reduce_add_sync(kWholeWarp, total)};
 }
 
 // The sum of a warp's values in `totals`, for others to read behind a barrier.
@@ -52,10 +64,11 @@ __device__ __forceinline__ void warp_total(uint32_t value, uint32_t* totals) {
   const uint32_t sum = __reduce_add_sync(kWholeWarp, value);
   if (threadIdx.x % kWarp == 0) totals[threadIdx.x / kWarp] = sum;
 }
-__device__ __forceinline__ uint32_t sum_of(const uint32_t* totals) {
+template <int Warps>
+__device__ __forceinline__ uint32_t sum_of(const uint32_t (&totals)[Warps]) {
   uint32_t sum = 0;
 #pragma unroll
-  for (int w = 0; w < kChunkWarps; ++w) sum += totals[w];
+  for (int w = 0; w < Warps; ++w) sum += totals[w];
   return sum;
 }
 
@@ -74,6 +87,11 @@ FLATKERN_HD void set_codes(Packed<T>& packed, const uint32_t* codes) {
     for (int i = 0; i < kVector; i += 2) packed.bits[0].w[i / 2] = pair_of(codes[i], codes[i + 1]);
   }
 }
+// Of the words that the elements lie in.
+template <class T>
+FLATKERN_HD void set_words(Packed<T>& packed, const uint32_t* words) {
+  for (int i = 0; i < Ranges<T>::kWords; ++i) packed.bits[i / 4].w[i % 4] = words[i];
+}
 template <class T>
 FLATKERN_HD T value_of_code(uint32_t code) {
   if constexpr (sizeof(T) == 4) {
@@ -91,9 +109,14 @@ FLATKERN_HD uint32_t code_of(T value) {
 // S of packed W: the bits of perturb.
 template <class T, bool Elementwise>
 FLATKERN_HD Packed<T> perturb_packed(const Packed<T>& weight, const float* e) {
-  float w[kVector], value[kVector];
-  to_floats(weight, w);
-  for (int i = 0; i < kVector; ++i) value[i] = Perturb::apply(w[i], e[i], Elementwise);
+  float value[kVector];
+  if constexpr (Elementwise) {
+    float w[kVector];
+    to_floats(weight, w);
+    for (int i = 0; i < kVector; ++i) value[i] = Perturb::apply(w[i], e[i], true);
+  } else {
+    add_to(weight, e, value);
+  }
   Packed<T> noisy = round_packed<T>(value);
   if (!all_finite(noisy)) {
     uint32_t codes[kVector];
@@ -151,32 +174,30 @@ struct Tile {
   const uint32_t count, first;
   T* const base;
   Staged<Vector>* const staged;
-  bool inside;
   PhiloxRow row;
   RowScale c;
   uint32_t group;
-  T* here;
+  T* here;  // null past the chunk's end
 
   __device__ __forceinline__ Tile(const PerturbArgs& args, const ChunkSpan& span,
                                   Staged<Vector>* staged)
       : args(args),
         span(span),
-        count(static_cast<uint32_t>(span.count())),
-        first(threadIdx.x * kThreadElements),
+        count(span.count()),
+        first(threadIdx.x * kThreadElements<T>),
         base(static_cast<T*>(args.out) + span.row * args.out_stride + span.begin),
         staged(staged) {
     if constexpr (Vector) {
-      inside = first < count;
-      const uint32_t i = span.rows == 1 ? 0 : first / static_cast<uint32_t>(span.cols);
-      const uint32_t j = first - i * static_cast<uint32_t>(span.cols);
-      here = base + i * args.out_stride + j;
-      const int64_t row_index = span.row + (inside ? i : 0);
+      const bool inside = first < count;
+      const uint32_t i = span.rows == 1 ? 0 : first / span.cols, j = first - i * span.cols;
+      here = inside ? base + i * args.out_stride + j : nullptr;
+      const int64_t row_index = span.row + i;
       row = philox_row(load_key(args.window.key),
                        static_cast<uint32_t>(args.window.row_offset + row_index));
-      c = row_scale_of(args.row_scale[row_index]);
+      c = row_scale_of(inside ? args.row_scale[row_index] : 0.0f);
       group = static_cast<uint32_t>((args.window.col_offset + span.begin + j) / 4);
     } else {
-      for (uint32_t k = threadIdx.x; k < kChunk; k += kChunkThreads) {
+      for (uint32_t k = threadIdx.x; k < kChunk; k += kChunkThreads<T>) {
         staged->codes[k] = k < count ? code_of(*at(k)) : 0;
         staged->e[k] = 0.0f;
       }
@@ -189,15 +210,15 @@ struct Tile {
   // An element of the chunk.
   __device__ __forceinline__ T* at(uint32_t k) const {
     if (span.rows == 1) return base + k;
-    const uint32_t cols = static_cast<uint32_t>(span.cols), i = k / cols;
-    return base + i * args.out_stride + (k - i * cols);
+    const uint32_t i = k / span.cols;
+    return base + i * args.out_stride + (k - i * span.cols);
   }
 
   __device__ __forceinline__ void stage_noise() const {
     const uint64_t begin = args.window.col_offset + span.begin;
     const uint32_t misfit = static_cast<uint32_t>(begin % 4);
-    const uint32_t cols = static_cast<uint32_t>(span.cols), groups = (misfit + cols + 3) / 4;
-    for (uint32_t g = threadIdx.x; g < groups * span.rows; g += kChunkThreads) {
+    const uint32_t cols = span.cols, groups = (misfit + cols + 3) / 4;
+    for (uint32_t g = threadIdx.x; g < groups * span.rows; g += kChunkThreads<T>) {
       const uint32_t i = g / groups;
       const PhiloxRow of = philox_row(load_key(args.window.key),
                                       static_cast<uint32_t>(args.window.row_offset + span.row + i));
@@ -216,7 +237,7 @@ struct Tile {
   __device__ __forceinline__ Packed<T> load(int v) const {
     Packed<T> packed = {};
     if constexpr (Vector) {
-      if (inside) packed = load_packed(here + v * kVector);
+      if (here != nullptr) packed = load_packed(here + v * kVector);
     } else {
       set_codes(packed, staged->codes + first + v * kVector);
     }
@@ -225,10 +246,12 @@ struct Tile {
 
   __device__ __forceinline__ void noise(int v, float* e) const {
     if constexpr (Vector) {
-      const float scale = inside ? c.scale : 0.0f;
-      scaled_group(row, group + 2 * v, scale, e);
-      scaled_group(row, group + 2 * v + 1, scale, e + 4);
-      if (c.after != 1.0f) {
+      scaled_group(row, group + 2 * v, c.scale, e);
+      scaled_group(row, group + 2 * v + 1, c.scale, e + 4);
+      // A loop, because what is done under a condition may be computed everywhere.
+#pragma unroll 1
+      for (bool shifts = c.after != 1.0f; shifts; shifts = false) {
+#pragma unroll
         for (int i = 0; i < kVector; ++i) e[i] *= c.after;
       }
     } else {
@@ -239,18 +262,18 @@ struct Tile {
   // All threads of the block together.
   __device__ __forceinline__ void store(const Packed<T>* packed) const {
     if constexpr (Vector) {
-      if (!inside) return;
+      if (here == nullptr) return;
 #pragma unroll
-      for (int v = 0; v < kThreadVectors; ++v) store_packed(here + v * kVector, packed[v]);
+      for (int v = 0; v < kThreadVectors<T>; ++v) store_packed(here + v * kVector, packed[v]);
     } else {
 #pragma unroll
-      for (int v = 0; v < kThreadVectors; ++v) {
+      for (int v = 0; v < kThreadVectors<T>; ++v) {
         for (int i = 0; i < kVector; ++i) {
           staged->codes[first + v * kVector + i] = code_at(packed[v], i);
         }
       }
       __syncthreads();
-      for (uint32_t k = threadIdx.x; k < count; k += kChunkThreads) {
+      for (uint32_t k = threadIdx.x; k < count; k += kChunkThreads<T>) {
         *at(k) = value_of_code<T>(staged->codes[k]);
       }
     }
@@ -263,8 +286,10 @@ void launch_residual_begin(const std::vector<ResidualArgs>& tensors, bool restor
 
 // How the kernels read a weight's rows.
 inline bool takes_vectors(const PerturbArgs& args) {
+  const bool wide = args.out_dtype == Dtype::kFloat32;
   return is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
-         args.window.col_offset % 4 == 0 && args.window.cols % kThreadElements == 0;
+         args.window.col_offset % 4 == 0 &&
+         args.window.cols % (wide ? kThreadElements<float> : kThreadElements<BFloat16>) == 0;
 }
 
 template <class F>

@@ -1,6 +1,7 @@
 """The ops of a whole model: lists of tensors, in few launches. Names as torch's `_foreach_` ops."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def foreach_perturb_(
         row_offsets, col_offsets: one for every weight; None: 0.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `perturb_`; or lists of different lengths.
+        TypeError, ValueError, RuntimeError: as `perturb_`; lists of different lengths; residuals
+            that share memory.
     """
     lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
     _inplace("foreach_perturb_", elementwise, *lists)
@@ -259,6 +261,7 @@ def _run(op, single, backend, elementwise, weights, row_scales, keys, residuals,
 
 def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, cols):
     """What the residuals refuse, before any of them is written."""
+    _require_distinct(op, residuals)
     for i, residual in enumerate(residuals if single == "perturb_" else ()):
         _residual.require_empty(f"{op}: tensor {i}", residual, weights[i])
     begin = _residual.begin_perturb if single == "perturb_" else _residual.begin_restore
@@ -273,6 +276,18 @@ def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, 
             row_offset=rows[i],
             col_offset=cols[i],
         )
+
+
+def _require_distinct(op, residuals):
+    """Refuse residuals that share memory: each holds one weight."""
+    order = sorted(range(len(residuals)), key=lambda i: residuals[i].data_ptr())
+    for i, j in pairwise(order):
+        if residuals[i].data_ptr() + residuals[i].nbytes > residuals[j].data_ptr():
+            first, second = sorted((i, j))
+            raise ValueError(
+                f"{op}: residuals must be one for every weight, got residuals[{second}] in the "
+                f"memory of residuals[{first}]"
+            )
 
 
 def _finish(op, single, residuals, weights):

@@ -158,6 +158,18 @@ def _begin(key, rows, cols, row_offset, group_offset, shift, tiles, ROWS: tl.con
     return row, state, begin, (group_offset + begin // 4).to(tl.uint32), last
 
 
+# Tiles in an iteration of the loop over whole tiles: they share its counting.
+UNROLL = tl.constexpr(4)
+
+
+@triton.jit
+def _store_tile(out, state, first_group, tile, mask, ROWS: tl.constexpr, VECTORS: tl.constexpr):
+    """A tile of normals; `out` is [ROWS, 1], pointers to the first column of the chunk."""
+    group = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
+    z = noise_tile(state, first_group + group.to(tl.uint32), RADIUS, ROWS, VECTORS, 4)
+    tl.store(out + (tile * (VECTORS * 4) + tl.arange(0, VECTORS * 4)[None, :]), z, mask=mask)
+
+
 @triton.jit(do_not_specialize=_PER_CALL)
 def noise_kernel(
     out,
@@ -176,19 +188,27 @@ def noise_kernel(
     row, state, begin, first_group, last = _begin(
         key, rows, cols, row_offset, group_offset, shift, tiles, ROWS, VECTORS * 4
     )
+    span: tl.constexpr = VECTORS * 4
+    column = tl.arange(0, span)[None, :]
+    row_mask = row < rows
     if ALIGNED:
         out += row * (cols // 4 * 4) + begin
+        whole = last // (span * UNROLL)
+        for i in range(whole):
+            for u in tl.static_range(UNROLL):
+                _store_tile(out, state, first_group, i * UNROLL + u, row_mask, ROWS, VECTORS)
+        for u in tl.static_range(UNROLL):
+            tile = whole * UNROLL + u
+            if tile * span < last:
+                # Cut between vectors, which keeps the stores wide.
+                mask = row_mask & ((tile * span + column) // 4 < last // 4)
+                _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS)
     else:
         out += row * cols + (begin - shift)
-    for tile in range((last + VECTORS * 4 - 1) // (VECTORS * 4)):
-        group = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
-        z = noise_tile(state, first_group + group.to(tl.uint32), RADIUS, ROWS, VECTORS, 4)
-        j = tile * (VECTORS * 4) + tl.arange(0, VECTORS * 4)[None, :]
-        if ALIGNED:
-            mask = (row < rows) & (j // 4 < last // 4)
-        else:
-            mask = (row < rows) & (begin + j >= shift) & (j < last)
-        tl.store(out + j, z, mask=mask)
+        for tile in range((last + span - 1) // span):
+            j = tile * span + column
+            mask = row_mask & (begin + j >= shift) & (j < last)
+            _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS)
 
 
 @triton.jit(do_not_specialize=_PER_CALL)

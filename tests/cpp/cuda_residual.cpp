@@ -41,11 +41,12 @@ extern "C" int run_emulated(int op, bool reversed, const Tensor* tensors, int co
                      t->elementwise != 0});
     char* bytes = guarded.emplace_back(t->bytes).data();
     memcpy(bytes, t->residual, t->bytes);
-    const int64_t pool = kResidualHeader + Chunks{t->rows, t->cols}.directory_bytes();
+    const Chunks chunks{t->rows, t->cols};
+    const int64_t pool = kResidualHeader + chunks.directory_bytes();
     all.push_back({plain.back(), reinterpret_cast<ResidualHeader*>(bytes),
-                   reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
                    reinterpret_cast<uint32_t*>(bytes + pool),
-                   static_cast<uint64_t>(t->bytes - pool) / 4, t->implementation});
+                   static_cast<uint64_t>(t->bytes - pool) / 4, t->implementation,
+                   cuda::chunk_finder(chunks)});
   }
   launched(
       [&] {

@@ -236,6 +236,59 @@ def test_a_tensor_twice_and_one_that_overlaps(device, op):
     assert_all_same_bits(run(getattr(flatkern.ops, f"foreach_{op}")), run(loop))
 
 
+@pytest.mark.parametrize("residuals", [False, True])
+@pytest.mark.parametrize("op", INPLACE)
+def test_overlapping_weights_wait_for_each_other(threads, op, residuals):
+    """The same weight ends one thread's half of the work and begins the other's.
+
+    Taken at once, it would be done with by the second thread before the first comes to it.
+    """
+    threads(2)
+    with flatkern.backend("cpu"):
+        base, long = make((8, 4096), torch.float32, "cpu")[0], torch.empty(512, 4096)
+        weights = [long.clone().fill_(1), base, base[1:], long.clone().fill_(1)]
+        scales = [torch.full((w.shape[0],), 0.5) for w in weights]
+        keys = [make_key("cpu", (1, 2, 3, i)) for i in range(len(weights))]
+        options = {"residuals": new_residuals(weights)} if residuals else {}
+        if op == "restore_" and residuals:
+            for i in range(len(weights)):
+                own = weights[i], scales[i], keys[i]
+                flatkern.ops.perturb_(*own, residual=options["residuals"][i])
+            weights, scales, keys, options["residuals"] = (
+                values[::-1] for values in (weights, scales, keys, options["residuals"])
+            )
+        expected = base.clone()
+        pieces = [expected[:], expected[1:]]
+        order = [i for i, w in enumerate(weights) if w.shape[0] < 100]
+        clones = [r.clone() for r in options.get("residuals", ())]
+        for i in order:
+            own = {"residual": clones[i]} if residuals else {}
+            piece = pieces[weights[i].shape[0] == 7]
+            getattr(flatkern.ops, op)(piece, scales[i], keys[i], **own)
+        getattr(flatkern.ops, f"foreach_{op}")(weights, scales, keys, **options)
+        tolerances.assert_same_bits(base, expected)
+
+
+@pytest.mark.parametrize("op", INPLACE)
+def test_residuals_that_share_memory(with_residual, device, op):
+    """Nothing is written, the headers included."""
+    weights = [make((4, 300), torch.float32, device, seed=i)[0] for i in range(3)]
+    scales = [torch.full((4,), 0.01, device=device)] * 3
+    keys = [make_key(device, (1, 2, 3, i)) for i in range(3)]
+    bytes_of_one = flatkern.ops.new_residual(weights[0]).numel()
+    both = torch.cat([new_residuals(weights)[0], torch.zeros(64, dtype=torch.uint8, device=device)])
+    other = flatkern.ops.new_residual(weights[1])
+    for shared in (both[:bytes_of_one], both[64:]):
+        residuals = [both[:bytes_of_one], other, shared]
+        before = [tensor.clone() for tensor in (*weights, *residuals)]
+        with pytest.raises(
+            ValueError,
+            match=rf"foreach_{op}: residuals must be one for every weight, got residuals\[2\] in",
+        ):
+            getattr(flatkern.ops, f"foreach_{op}")(weights, scales, keys, residuals=residuals)
+        assert_all_same_bits([*weights, *residuals], before)
+
+
 def test_order_where_dtypes_overlap(device):
     """All that a backend serves goes in order, whatever its dtype."""
     base = make((12, 64), torch.float32, device)[0]
