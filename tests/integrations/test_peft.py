@@ -363,6 +363,10 @@ def test_other_layers_are_named_and_saved_modules_left_alone():
     # Numbered as in the model without PEFT.
     number = [name for name, _ in Mixed().named_parameters()].index("linear.weight")
     assert f"tensor {number} " in noise.summary()
+    found = flatkern.noise.numbers.tensor_numbers(model)
+    assert all(
+        ("lora_" in name or "modules_to_save" in name) == (n >= 2**31) for name, n in found.items()
+    )
     with noise.window():
         model(torch.arange(4)).sum().backward()
     detach(model)
