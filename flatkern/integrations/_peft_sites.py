@@ -54,6 +54,10 @@ def _why_no_linear(base: nn.Module) -> str | None:
     return None
 
 
+# Under which PEFT's modules have what they wrap.
+_BASES = ("base_layer", "original_module")
+
+
 def _is_styled(base: nn.Linear) -> bool:
     """Whether its forward is that of transformers' tensor parallelism, around the module's own."""
     return getattr(base, "_hf_tp_plan", None) in ("colwise", "rowwise")
@@ -72,12 +76,14 @@ class Bystander:
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """All but the base's parameters."""
-        base = getattr(self.layer, "base_layer", None) or getattr(
-            self.layer, "original_module", None
-        )
-        shared = set() if base is None else {id(part) for part in base.parameters()}
-        named = self.layer.named_parameters()
-        return {name: value for name, value in named if id(value) not in shared}
+        own = self.layer.__dict__["_modules"]
+        shared = {id(part) for name in _BASES if name in own for part in own[name].parameters()}
+        # By name as well: PEFT's MultiheadAttention makes new parameters whenever it is listed.
+        return {
+            name: value
+            for name, value in self.layer.named_parameters()
+            if id(value) not in shared and name.split(".")[0] not in _BASES
+        }
 
     def require_clean(self, action: str) -> None:
         """No window is ever open here."""
@@ -95,15 +101,15 @@ class PeftSite(Bystander):
     a window is open.
     """
 
-    # Of PEFT's forward only the base product has to know; DoRA's rows are whole where FSDP gathers.
-    takes_shards = True
-
     def __init__(self, layer: nn.Module) -> None:
         """A layer that `why_not` accepts."""
         super().__init__(layer)
         self._window: Any = None
         self._attached = True
         self.quantized = quantized.stored(layer.base_layer)
+        # Of PEFT's forward only the base product has to know; DoRA's rows are whole where FSDP
+        # gathers.
+        self.takes_shards = self.quantized is None
         # By adapter: ||V|| of the open window, and what was put on the DoRA module.
         self._norms: dict[str, Tensor] = {}
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []

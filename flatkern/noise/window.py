@@ -327,8 +327,8 @@ class WeightNoise:
                 if not layer.takes_shards:
                     kind = type(layer).__name__.removeprefix("FSDP")
                     raise TypeError(
-                        f"{_OP}: {target.name} must be of a LoRALinear where it is sharded, "
-                        f"got {kind}"
+                        f"{_OP}: {target.name} must be of a LoRALinear, or of a PEFT layer over "
+                        f"nn.Linear, where it is sharded, got {kind}"
                     )
 
     def _draw_word(self, draw: int) -> int:

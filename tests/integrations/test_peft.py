@@ -363,6 +363,11 @@ def test_other_layers_are_named_and_saved_modules_left_alone():
     # Numbered as in the model without PEFT.
     number = [name for name, _ in Mixed().named_parameters()].index("linear.weight")
     assert f"tensor {number} " in noise.summary()
+    # PEFT registers new parameters whenever it lists this; the old ones keep their addresses here.
+    attention = model.base_model.model.attention
+    old = list(attention.base_layer.parameters())
+    assert all("lora_" in name for name in attention._flatkern_site.adapters())
+    del old
     with noise.window():
         model(torch.arange(4)).sum().backward()
     detach(model)
