@@ -33,10 +33,14 @@ def load(name):
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(words), **sizes))
         return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    file = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
-    where = Path(name).parent if file else name
-    model = AutoModelForCausalLM.from_pretrained(where, **file)
-    return model, AutoTokenizer.from_pretrained(where, **file)
+    if not name.endswith(".gguf"):
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    from transformers import GgufConfig  # Not in older versions.
+
+    folder, file, whole = Path(name).parent, Path(name).name, GgufConfig(dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    options = {"gguf_file": file, "quantization_config": whole}
+    return AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer
 
 
 def main(folder, name=None, **options):
