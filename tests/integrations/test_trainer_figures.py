@@ -54,10 +54,13 @@ def test_the_rise_is_that_of_the_first_micro_batch(tmp_path, mode):
                 kept[state.global_step] = bits(model)
 
     flat = FlatLoRACallback(sigma=SIGMA, seed=5, mode=mode, schedule="constant")
-    trainer = trainer_of(tmp_path, adapted(), flat, [Keep()], logging_steps=2, num_train_epochs=1)
+    model, forwards = adapted(), []
+    model.get_base_model().register_forward_pre_hook(lambda *args: forwards.append(None))
+    trainer = trainer_of(tmp_path, model, flat, [Keep()], logging_steps=2, num_train_epochs=1)
     order = uneven(trainer)
     trainer.train()
     assert list(rises(trainer)) == [2]
+    assert len(forwards) == len(order) + 2
     twin = adapted()
     twin.load_state_dict(kept[1], strict=False)
     noise = attach(twin, SIGMA, seed=5)
