@@ -276,7 +276,7 @@ def refusals(_, rank, folder):
     with pytest.raises(ValueError, match="strategy must be one that needs no Fisher"):
         flatkern.WeightNoise(model, strategy="fisher", fisher=flatkern.noise.fisher.Fisher())
     with pytest.raises(
-        TypeError, match="must be of a LoRALinear, or of a PEFT layer .* got DoRALinear"
+        TypeError, match=r"must be of a LoRALinear, or of a PEFT layer .* got DoRALinear"
     ):
         flatkern.WeightNoise(with_fsdp(make_model(layer=DoRALinear)))
     for style in (LoRAColwise, LoRARowwise):
