@@ -25,7 +25,7 @@ def train(texts, labels, test_texts, test_labels, sigma=0.3, **arguments):
         folder, local_files_only=True
     )
     model = get_peft_model(
-        model, LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
     )
 
     def examples(texts, labels):
@@ -36,7 +36,7 @@ def train(texts, labels, test_texts, test_labels, sigma=0.3, **arguments):
         ]
 
     with tempfile.TemporaryDirectory() as output:
-        settings = {"per_device_train_batch_size": 32, "num_train_epochs": 4, "learning_rate": 5e-4}
+        settings = {"per_device_train_batch_size": 32, "num_train_epochs": 6, "learning_rate": 2e-3}
         trainer = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(output, report_to=[], **settings | arguments),

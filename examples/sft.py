@@ -42,7 +42,7 @@ def load(name):
 def main(folder, name=None, **options):
     """Fine-tune; return the trainer."""
     model, tokenizer = load(name)
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "report_to": []}
+    settings = {"bf16": False, "gradient_accumulation_steps": 2, "report_to": []}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(folder, **settings | {"logging_steps": 1, "learning_rate": 1e-3} | options),

@@ -71,6 +71,8 @@ class MethodTrainerMixin:
         """The method's gradient for the last micro-batch of a step; nothing for those before."""
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        # An evaluation leaves eval mode behind; the Trainer's own step does the same.
+        model.train()
         # A method divides by the number of micro-batches, and the Trainer has done so.
         count = len(self._group)
         loss = self.method.gradient(

@@ -115,7 +115,12 @@ def _listed(skipped: dict[str, str]) -> str:
     layers: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         layers.setdefault(reason, []).append(name)
-    return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
+    return "; ".join(f"{reason}: {_some(names)}" for reason, names in layers.items())
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _fused(model: nn.Module) -> Iterator[str]:

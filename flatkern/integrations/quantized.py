@@ -127,7 +127,10 @@ class _Bnb4bit(Quantized):
         if state is None:
             return "bitsandbytes' Linear4bit that is not quantised yet"
         if getattr(state, "packing_format_for_cpu", False):
-            return "bitsandbytes' Linear4bit that was repacked for inference on CPU"
+            return (
+                "bitsandbytes' Linear4bit that an evaluation on CPU has repacked (load the model "
+                "anew, and attach before the first evaluation)"
+            )
         return None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

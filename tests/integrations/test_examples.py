@@ -95,7 +95,7 @@ def test_minilm_under_peft_and_trainer():
 
 def test_sft_on_a_tiny_model(tmp_path):
     pytest.importorskip("trl", reason="trl is not installed")
-    options = {"max_steps": 2, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    options = {"max_steps": 2, "disable_tqdm": True}
     trainer = example("sft").main(str(tmp_path), save_strategy="no", **options)
     assert sigmas(trainer) == [0, pytest.approx(0.025)]
 

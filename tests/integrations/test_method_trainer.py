@@ -137,6 +137,26 @@ def test_resume_gives_the_same_bits(tmp_path, case):
     assert same_bits(resumed, whole)
 
 
+@pytest.mark.parametrize("evaluate", ["no", "steps"])
+def test_dropout_is_there_after_an_evaluation_too(tmp_path, evaluate):
+    model = lora(dropout=0.5)
+    options = {"eval_strategy": evaluate, "eval_steps": 1}
+    trainer, _ = method_trainer(tmp_path, model, CASES["SAM"][1], **options)
+    modes = []
+    inner = trainer.compute_loss
+
+    def noted(*args, **kwargs):
+        loss = inner(*args, **kwargs)
+        if torch.is_grad_enabled():
+            modes.append(model.training)
+        return loss
+
+    trainer.compute_loss = noted
+    trainer.train()
+    assert len(modes) == 32  # two passes of 16 micro-batches
+    assert all(modes)
+
+
 def test_a_step_that_the_scaler_skips_changes_nothing(tmp_path):
     model = lora()
     kept = {}

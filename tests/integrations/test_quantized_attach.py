@@ -236,5 +236,5 @@ def test_a_repacked_layer_is_named():
     model = two("bnb-nf4")
     first, _ = layers(model)
     first.base_layer.weight.quant_state.packing_format_for_cpu = True
-    with pytest.warns(UserWarning, match="repacked for inference on CPU: .*first"):
+    with pytest.warns(UserWarning, match="has repacked .*: .*first"):
         attach(model, SIGMA)
