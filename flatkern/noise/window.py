@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,11 @@ class WeightNoise:
         """
         _check.kinds(_OP, nn.Module, model=model)
         _check.kinds(_OP, (float, int), sigma=sigma)
-        _check.kinds(_OP, Callable, optional=True, schedule=schedule)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"{_OP}: schedule must be a function of the 0-based step, such as "
+                f"flatkern.cosine_ramp(total_steps), or None, got {schedule!r}"
+            )
         _check.finite(_OP, "sigma", sigma, minimum=0.0)
         _check.one_of(_OP, tuple(STRATEGIES), strategy=strategy)
         _check.one_of(_OP, SCOPES, scope=scope)

@@ -72,6 +72,7 @@ WRONG = [
     ({"seed": 2**32}, ValueError),
     ({"seed": 1.0}, TypeError),
     ({"schedule": 0.5}, TypeError),
+    ({"schedule": "cosine_ramp"}, TypeError),
 ]
 
 
