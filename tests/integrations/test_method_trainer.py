@@ -9,7 +9,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from tiny import adapted, bits, llama, same_bits
-from tiny_trainer import items, trainer_of
+from tiny_trainer import batches_of, items, trainer_of
 from transformers import Trainer
 
 from flatkern import methods
@@ -50,15 +50,7 @@ def method_trainer(folder, model, method, **options):
     for row, example in enumerate(trainer.train_dataset):
         example["labels"] = example["labels"].clone()
         example["labels"][: row % 7] = -100
-    order = []
-    collate = trainer.data_collator
-
-    def noted(examples):
-        order.append(collate(examples))
-        return order[-1]
-
-    trainer.data_collator = noted
-    return trainer, order
+    return trainer, batches_of(trainer)
 
 
 CASES = {

@@ -9,8 +9,8 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from quantized_bases import FORMATS, quantize, storages
-from tiny import VOCABULARY
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from tiny import VOCABULARY, llama
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from flatkern.integrations.peft import attach
 from flatkern.integrations.transformers import FlatLoRACallback
@@ -18,21 +18,13 @@ from flatkern.integrations.transformers import FlatLoRACallback
 STEPS = 6
 
 
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config)
+def wide_llama():
+    """Widths that every format takes."""
+    return llama(hidden_size=64, intermediate_size=128, layers=1)
 
 
 def quantized_llama(form):
-    model = llama()
+    model = wide_llama()
     names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
     torch.manual_seed(1)
     return get_peft_model(
@@ -106,7 +98,7 @@ def bnb_config(transformers):
 
 @pytest.mark.parametrize("config", [torchao_config, bnb_config])
 def test_a_model_that_transformers_quantised(tmp_path, config):
-    llama().save_pretrained(tmp_path)
+    wide_llama().save_pretrained(tmp_path)
     model = LlamaForCausalLM.from_pretrained(
         tmp_path, quantization_config=config(transformers), dtype=torch.bfloat16
     )

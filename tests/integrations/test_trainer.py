@@ -9,7 +9,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import adapted, bits, llama, same_bits, tokens
-from tiny_trainer import ACCUMULATION, MODES, SIGMA, is_base, items, trainer_of
+from tiny_trainer import ACCUMULATION, MODES, SIGMA, batches_of, is_base, items, trainer_of
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -81,14 +81,7 @@ def test_training_is_the_plain_loop(tmp_path):
     model = adapted()
     options = {"max_grad_norm": 0.0, "num_train_epochs": 1}
     trainer = trainer_of(tmp_path, model, flat, [Gradients()], **options)
-    order = []
-    collate = trainer.data_collator
-
-    def noted(examples):
-        order.append(collate(examples))
-        return order[-1]
-
-    trainer.data_collator = noted
+    order = batches_of(trainer)
     trainer.train()
     # Step 1 of 3, by hand: the noise of a cosine ramp over three steps at step 1.
     twin = adapted()

@@ -7,13 +7,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 64
 
 
-def llama(dtype=torch.float32, seed=0):
+def llama(dtype=torch.float32, seed=0, hidden_size=32, intermediate_size=48, layers=2):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=32,
     )

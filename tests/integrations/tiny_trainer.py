@@ -39,6 +39,19 @@ def trainer_of(folder, model, flat=None, callbacks=(), kind=Trainer, **options):
     return trainer
 
 
+def batches_of(trainer):
+    """A list that gets every micro-batch as the Trainer collates it."""
+    order = []
+    collate = trainer.data_collator
+
+    def noted(examples):
+        order.append(collate(examples))
+        return order[-1]
+
+    trainer.data_collator = noted
+    return order
+
+
 def is_base(name):
     return "lora_" not in name
 

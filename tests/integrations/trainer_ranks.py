@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import adapted, bits, same_bits
-from tiny_trainer import SIGMA, is_base, trainer_of
+from tiny_trainer import SIGMA, batches_of, is_base, trainer_of
 from transformers import Trainer
 
 from flatkern import methods
@@ -51,14 +51,7 @@ def check_sam(folder):
     trainer = trainer_of(
         folder, model, kind=partial(MethodTrainer, method=sam), ddp_backend="gloo", **options
     )
-    order = []
-    collate = trainer.data_collator
-
-    def noted(examples):
-        order.append(collate(examples))
-        return order[-1]
-
-    trainer.data_collator = noted
+    order = batches_of(trainer)
     trainer.train()
     # One process by hand: a micro-batch is what the ranks have of it together.
     pairs = list(zip(*of_all_ranks(order), strict=True))
