@@ -1,1 +1,1 @@
-"""Other libraries under noise: `peft`, `transformers`, `distributed`; import what you use."""
+"""Other libraries under noise: peft, transformers, lightning, distributed; import what you use."""
