@@ -6,21 +6,25 @@ BIN := $(VENV)/bin
 # that CUDA kernels compile against; elsewhere a smaller one does.
 TORCH ?= $(if $(shell command -v nvcc),torch==2.14.1,torch==2.13.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+# Every package by version, but torch and what its wheel pins itself. Renewed by `make constraints`;
+# CONSTRAINTS= (empty) takes what is newest within pyproject.toml's ranges.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS))
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: setup demo test bench gpu lint format clean
+.PHONY: setup demo test test-newest constraints bench gpu lint format clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.torch: Makefile
+$(VENV)/.torch: Makefile $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=3" ninja
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(PIP_INSTALL) --upgrade pip setuptools wheel pybind11 ninja
+	$(PIP_INSTALL) "$(TORCH)"
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch $(NATIVE) flatkern/demo/requirements.txt
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo,bench,dev]"
+	$(PIP_INSTALL) --no-build-isolation --editable ".[demo,bench,dev]"
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r flatkern/demo/requirements.txt
 	$(BIN)/flatkern doctor
 	touch $@
@@ -31,6 +35,21 @@ demo: setup
 # By file, because some files compile for all of their tests at once.
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+
+# The tests with the newest release of everything, also beyond pyproject.toml's ranges: a look ahead.
+test-newest:
+	$(MAKE) setup VENV=.venv-newest CONSTRAINTS=
+	.venv-newest/bin/pip install --quiet --upgrade $$(.venv-newest/bin/python -c "import re, tomllib; \
+	    extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	    names = {re.match('[\\w-]+', need)[0] for needs in extras.values() for need in needs}; \
+	    print(*sorted(names - {'flatkern'}))")
+	.venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+
+# Renews the versions that everybody tests with; run `make test` before committing them.
+constraints: setup
+	$(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 \
+	    --upgrade --no-annotate --no-header --no-emit-package torch --no-emit-package triton -o constraints.txt
+	sed -i -E '/^(nvidia|cuda)-/d' constraints.txt
 
 bench: setup
 	$(BIN)/python -m bench.run
@@ -49,4 +68,4 @@ format: setup
 	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
-	rm -rf $(VENV) build demo-results flatkern/*.so flatkern.egg-info
+	rm -rf .venv .venv-newest build demo-results flatkern/*.so flatkern.egg-info
