@@ -1,4 +1,4 @@
-"""What flatkern is measured against, in eager PyTorch, written from the equations."""
+"""The best eager PyTorch that flatkern is measured against, and the published algorithm."""
 
 import math
 
@@ -6,31 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatkern.demo.published import published_perturb_, published_restore_, published_row_norm
 
-def published_row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Row norms as the published Flat-LoRA trainer takes them: W + s B A in float32, dense."""
-    merged = weight.float() + scaling * (lora_B @ lora_A)
-    return merged.norm(dim=1, keepdim=True)
-
-
-def published_noise(norm: Tensor, sigma: float, cols: int, seed: int) -> Tensor:
-    """Its noise: the global generator reseeded, the standard deviation repeated to m x n."""
-    torch.manual_seed(seed)
-    return torch.normal(0.0, norm.repeat(1, cols) * (sigma / math.sqrt(cols)))
-
-
-def published_perturb_(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sigma: float, seed: int
-) -> Tensor:
-    """Its perturbation, norm included; returns the norms that its restore needs."""
-    norm = published_row_norm(weight, lora_A, lora_B, scaling)
-    weight += published_noise(norm, sigma, weight.shape[1], seed).to(weight.dtype)
-    return norm
-
-
-def published_restore_(weight: Tensor, norm: Tensor, sigma: float, seed: int) -> None:
-    """Its restore: the same noise regenerated and subtracted."""
-    weight -= published_noise(norm, sigma, weight.shape[1], seed).to(weight.dtype)
+__all__ = ["published_perturb_", "published_restore_", "published_row_norm"]
 
 
 def eager_row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

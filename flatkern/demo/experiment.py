@@ -1,11 +1,8 @@
 """One training run: a recipe, a seed, and everything that is measured about the result."""
 
 import copy
-import functools
 import inspect
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -15,7 +12,6 @@ from torch.nn.functional import cross_entropy
 
 import flatkern
 from flatkern._bits import count_changed
-from flatkern._memory import peak_bytes
 from flatkern.demo.data import epoch_order
 from flatkern.demo.model import Batch, Encoded, TopLayers
 from flatkern.demo.settings import Recipe
@@ -25,8 +21,8 @@ BATCH = 32
 EVALUATION_BATCH = 64
 RADII = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 QUICK_DRAWS, DRAWS = 1, 2  # of noise at each radius
-CURVE_POINTS = 7
-CURVE_SENTENCES = 400  # of the in-domain test set, which is in random order
+QUICK_CURVE_POINTS, CURVE_POINTS = 3, 7
+CURVE_SENTENCES = 400  # of the in-domain test set, which is in random order; fewer if it has fewer
 RADIUS_SEED = 12345  # not a training seed: the noise measured under was never trained under
 
 
@@ -43,8 +39,6 @@ class Run:
     curve_accuracy: list[float] = field(default_factory=list)  # in domain
     curve_train_loss: list[float] = field(default_factory=list)  # no noise, given labels
     radius_loss: list[list[float]] = field(default_factory=list)  # [radius][draw], given labels
-    seconds_per_step: float = 0.0
-    peak_extra_bytes: int = 0
     weights_changed: int = 0
 
     def row(self) -> dict[str, object]:
@@ -81,8 +75,8 @@ def make_method(model: nn.Module, recipe: Recipe, seed: int) -> flatkern.methods
 
 def train_epochs(
     model: TopLayers, method: object, data: Encoded, epochs: int, seed: int
-) -> Iterator[tuple[int, float, bool]]:
-    """Train; after each step yield (epoch, seconds of the step, whether the epoch ended)."""
+) -> Iterator[tuple[int, bool]]:
+    """Train; after each step yield (epoch, whether the epoch ended)."""
     loss_fn = batch_loss(model)
     count = len(data.labels)
     for epoch in range(1, epochs + 1):
@@ -90,9 +84,8 @@ def train_epochs(
         for number, rows in enumerate(order, start=1):
             batch = data.batch(rows)
             model.train()
-            start = time.perf_counter()
             method.step(loss_fn, [batch])
-            yield epoch, time.perf_counter() - start, number == len(order)
+            yield epoch, number == len(order)
 
 
 def batch_loss(model: TopLayers) -> Callable[[Batch], torch.Tensor]:
@@ -161,6 +154,7 @@ def run(
     epochs: int,
     seed: int,
     draws: int,
+    points: int,
     on_step: Callable[[], None],
 ) -> Run:
     """Train one arm and measure all that the demo reports.
@@ -175,30 +169,23 @@ def run(
         epochs: passes over `data`.
         seed: of initialisation, dropout, order and noise.
         draws: of noise, at each radius that the loss is measured at.
+        points: of the training curves, at most.
         on_step: called after each optimizer step.
     """
     model = build(top, data.hidden.shape[-1], recipe, seed)
     frozen = FrozenWeights(model)
     method = make_method(model, recipe, seed)
     result = Run(setting, seed, recipe)
-    stride = math.ceil(epochs / CURVE_POINTS)
+    stride = math.ceil(epochs / points)
     curve = tests[in_domain].head(CURVE_SENTENCES)
-    seconds = []
-    for epoch, step_seconds, epoch_ended in train_epochs(model, method, data, epochs, seed):
-        seconds.append(step_seconds)
+    for epoch, epoch_ended in train_epochs(model, method, data, epochs, seed):
         if epoch_ended and (epochs - epoch) % stride == 0:
             result.curve_epoch.append(epoch)
             result.curve_train_loss.append(evaluate(model, data)[1])
             result.curve_accuracy.append(evaluate(model, curve)[0])
         on_step()
-    result.seconds_per_step = statistics.median(seconds)
     for domain, test in tests.items():
         result.accuracy[domain], result.loss[domain] = evaluate(model, test)
     result.radius_loss = loss_by_radius(model, data, draws)
-    # Last, because it is one more training step: the optimizer's state exists by now, so what is
-    # seen is what the step itself needs.
-    step = functools.partial(method.step, batch_loss(model), [data.longest(BATCH)])
-    model.train()
-    result.peak_extra_bytes = peak_bytes(step, data.hidden.device)
     result.weights_changed = frozen.changed()
     return result

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from flatkern.demo import DemoError, choose, data, experiment, model, plots, report, settings
+from flatkern.demo import (
+    DemoError,
+    certain,
+    choose,
+    data,
+    experiment,
+    model,
+    plots,
+    report,
+    settings,
+)
 from flatkern.demo.model import Encoded
 from flatkern.demo.settings import SETTINGS, Recipe, Setting
 
@@ -54,10 +65,43 @@ def main(arguments: argparse.Namespace) -> int:
     return _compare(arguments, start)
 
 
-def prepare(seeds: tuple[int, ...], device: torch.device, choosing: bool) -> Task:
+class Progress:
+    """Steps done: a bar on a terminal; elsewhere a line for each run, with the time left."""
+
+    def __init__(self, steps: int) -> None:
+        """`steps` is how many there will be."""
+        self._bar = tqdm(total=steps, unit="step", disable=None)
+        self._start = time.perf_counter()
+        self._steps, self._done = steps, 0
+
+    def begin(self, run: str) -> None:
+        """What the next steps belong to."""
+        self._bar.set_description(run)
+        if not self._bar.disable:
+            return
+        left = ""
+        if self._done:
+            gone = time.perf_counter() - self._start
+            left = f", about {gone / self._done * (self._steps - self._done) / 60:.1f} min left"
+        print(f"step {self._done} of {self._steps}{left}: {run}", file=sys.stderr, flush=True)
+
+    def step(self) -> None:
+        """One step is done."""
+        self._done += 1
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def prepare(
+    seeds: tuple[int, ...], device: torch.device, choosing: bool, test_sentences: int
+) -> Task:
     """Load model and sentences and run the lower layers over all that the task needs.
 
-    For choosing, only the validation split is encoded; otherwise only the tests.
+    For choosing, only the validation split is encoded; otherwise only `test_sentences` of each
+    domain.
     """
     sentences = data.load_sentences()
     movies = sentences[data.IN_DOMAIN]
@@ -73,11 +117,15 @@ def prepare(seeds: tuple[int, ...], device: torch.device, choosing: bool) -> Tas
     if choosing:
         validation = encode(movies.take(splits.validation), "lower layers, validation")
     else:
-        tests[data.IN_DOMAIN] = encode(movies.take(splits.test), "lower layers, movies")
+        rows = splits.test
+        if test_sentences < len(rows):
+            generator = np.random.default_rng(data.SPLIT_SEED)
+            rows = rows[data.balanced(movies.labels[rows], test_sentences, generator)]
+        tests[data.IN_DOMAIN] = encode(movies.take(rows), "lower layers, movies")
         for domain in data.OUT_OF_DOMAIN:
             generator = np.random.default_rng(data.SPLIT_SEED)
             other = sentences[domain]
-            rows = data.balanced(other.labels, settings.TEST_SENTENCES, generator)
+            rows = data.balanced(other.labels, test_sentences, generator)
             tests[domain] = encode(other.take(rows), f"lower layers, {domain}")
     training = {}
     for seed in seeds:
@@ -100,35 +148,49 @@ def _compare(arguments: argparse.Namespace, start: float) -> int:
         for setting in SETTINGS
     ]
     recipes = {setting.name: _recipes(setting, arguments.methods) for setting in used}
-    task = prepare(tuple(range(count)), arguments.device, choosing=False)
+    tests, draws, points = (
+        (settings.TEST_SENTENCES, experiment.DRAWS, experiment.CURVE_POINTS)
+        if arguments.full
+        else (settings.QUICK_TEST_SENTENCES, experiment.QUICK_DRAWS, experiment.QUICK_CURVE_POINTS)
+    )
+    task = prepare(tuple(range(count)), arguments.device, False, tests)
+    # First what is certain, because it takes seconds.
+    exact = certain.exactness(task.top)
+    costs = certain.costs(
+        task.top, certain.cost_recipes(recipes[used[0].name]), task.training_set(0, used[0])
+    )
+    print(f"{report.certain_table(exact, costs)}\n", flush=True)
     runs = []
     total = count * sum(len(recipes[setting.name]) * steps(setting) for setting in used)
-    with tqdm(total=total, unit="step", disable=None) as bar:
-        for setting in used:
-            for seed in range(count):
-                for recipe in recipes[setting.name]:
-                    bar.set_description(f"{setting.name}, seed {seed}, {recipe.arm}")
-                    result = experiment.run(
-                        task.top,
-                        recipe,
-                        task.training_set(seed, setting),
-                        task.tests,
-                        setting=setting.name,
-                        in_domain=data.IN_DOMAIN,
-                        epochs=setting.epochs,
-                        seed=seed,
-                        draws=experiment.DRAWS if arguments.full else experiment.QUICK_DRAWS,
-                        on_step=bar.update,
-                    )
-                    runs.append(result)
+    progress = Progress(total)
+    for setting in used:
+        for seed in range(count):
+            for recipe in recipes[setting.name]:
+                progress.begin(f"{setting.name}, seed {seed}, {recipe.arm}")
+                result = experiment.run(
+                    task.top,
+                    recipe,
+                    task.training_set(seed, setting),
+                    task.tests,
+                    setting=setting.name,
+                    in_domain=data.IN_DOMAIN,
+                    epochs=setting.epochs,
+                    seed=seed,
+                    draws=draws,
+                    points=points,
+                    on_step=progress.step,
+                )
+                runs.append(result)
+    progress.close()
     seconds = time.perf_counter() - start
-    paths = report.write_results(arguments.out, _command(arguments), used, runs, seconds)
+    command = _command(arguments)
+    paths = report.write_results(arguments.out, command, used, exact, costs, runs, seconds)
     for name, plot in (("radius.png", plots.plot_radius), ("curves.png", plots.plot_curves)):
         plot(runs, arguments.out / name)
         paths.append(arguments.out / name)
-    print(f"{report.table(runs)}\n\n{report.costs(runs)}\n\n{report.summary(runs)}\n")
+    print(f"{report.table(runs)}\n\n{report.chosen(used)}\n\n{report.summary(runs)}\n")
     _print_paths(paths, seconds)
-    changed = sum(run.weights_changed for run in runs)
+    changed = exact.changed + sum(run.weights_changed for run in runs)
     if changed:
         print(f"ERROR: {changed} frozen weights do not have the bits they had before training")
     return 1 if changed else 0
@@ -139,18 +201,18 @@ def _recipes(setting: Setting, methods: tuple[str, ...] | None) -> tuple[Recipe,
 
 
 def _choose(arguments: argparse.Namespace, start: float) -> int:
-    task = prepare(choose.SCAN_SEEDS, arguments.device, choosing=True)
+    task = prepare(choose.SCAN_SEEDS, arguments.device, True, 0)
     chosen, tried = [], []
-    total = choose.RUNS_PER_SETTING * sum(steps(setting) for setting in SETTINGS)
-    with tqdm(total=total, unit="step", disable=None) as bar:
-        for setting in SETTINGS:
-            bar.set_description(setting.name)
-            training = {seed: task.training_set(seed, setting) for seed in task.training}
-            best, candidates = choose.choose(
-                setting, task.top, training, task.validation, bar.update
-            )
-            chosen.append(best)
-            tried.extend(candidates)
+    progress = Progress(choose.RUNS_PER_SETTING * sum(steps(setting) for setting in SETTINGS))
+    for setting in SETTINGS:
+        progress.begin(setting.name)
+        training = {seed: task.training_set(seed, setting) for seed in task.training}
+        best, candidates = choose.choose(
+            setting, task.top, training, task.validation, progress.step
+        )
+        chosen.append(best)
+        tried.extend(candidates)
+    progress.close()
     seconds = time.perf_counter() - start
     paths = report.write_choice(arguments.out, _command(arguments), chosen, tried, seconds)
     print(report.choice_table(tried))

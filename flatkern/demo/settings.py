@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 TRAINING_SENTENCES = 256
 VALIDATION_SENTENCES = 2000
-TEST_SENTENCES = 1000  # of each domain
+TEST_SENTENCES, QUICK_TEST_SENTENCES = 1000, 400  # of each domain
 QUICK_SEEDS, FULL_SEEDS = 2, 5
+# The papers' choice for language models, where the demo shows exactness and cost.
+SIGMA = 0.05
 # The published default for LoRA and Flat-LoRA of rank 8, alpha 16 (Li et al., 2024), for every arm.
 LR = 5e-4
 
@@ -83,7 +85,8 @@ class Setting:
         return tuple(recipes)
 
 
+# That 0.6 is far above the papers' 0.05 to 0.15; at 0.1 the noise changed next to nothing here.
 SETTINGS = (
-    Setting("30 % flipped", 0.3, epochs=14, quick_epochs=7, sigma=0.6, dropout=0.9),
-    Setting("clean labels", 0.0, epochs=6, quick_epochs=3, sigma=0.1, dropout=0.1),
+    Setting("30 % flipped", 0.3, epochs=14, quick_epochs=6, sigma=0.6, dropout=0.9),
+    Setting("clean labels", 0.0, epochs=6, quick_epochs=2, sigma=0.1, dropout=0.1),
 )
