@@ -1,4 +1,4 @@
-"""flatkern: training under weight noise, as cheap as ordinary training."""
+"""flatkern: training under weight noise, with every weight restored to the bit."""
 
 from flatkern import methods, nn, noise, ops
 from flatkern._backend import available_backends, backend, build_info
