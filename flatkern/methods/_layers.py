@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.methods._ranks import Ranks, dense
-from flatkern.methods.base import Method, named_modules
+from flatkern.methods.base import Method
+from flatkern.nn.names import named_modules
 from flatkern.nn.sites import site_of
 from flatkern.noise import shards
 

@@ -1,6 +1,7 @@
 """What the methods share that train under random weight noise."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,6 +65,14 @@ class Windowed(Method):
         self._seen: dict[str, Tensor] = {}
         self._frozen = {} if fisher is None else self._frozen_layers()
         self._told = False
+        held = {id(weight) for weight in self._weights().values()}
+        left = [key for key, p in self.trainable().items() if p.is_complex() and id(p) not in held]
+        if left and scope not in ("merged", "lora"):
+            warnings.warn(
+                f"{type(self).__name__}: complex parameters take no noise and are trained without: "
+                f"{left[:8]}",
+                stacklevel=3,
+            )
 
     def _weights(self) -> dict[str, nn.Parameter]:
         """The weights in scope by the noise's names for them."""

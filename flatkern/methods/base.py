@@ -1,14 +1,15 @@
 """What every method shares: one optimizer step over a list of micro-batches."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from flatkern.methods._ranks import Ranks
+from flatkern.nn.names import named_parameters
+from flatkern.noise.whole import require_whole
 from flatkern.ops import _check
 
 LossFn = Callable[[Any], Tensor]
@@ -45,9 +46,10 @@ class Method:
 
         Raises:
             TypeError: an argument of the wrong kind.
-            ValueError: nothing is trainable, or something that is neither floating point of 16 to
-                64 bits nor complex; the optimizer lacks trainable parameters, needs a closure or
-                steps during backward; a wrong norm.
+            ValueError: nothing is trainable, or something that is not all there (FSDP version 1,
+                ZeRO-3, meta tensors) or neither floating point of 16 to 64 bits nor complex; the
+                optimizer lacks trainable parameters, needs a closure or steps during backward; a
+                wrong norm.
         """
         name = type(self).__name__
         _check.kinds(name, nn.Module, model=model)
@@ -71,6 +73,7 @@ class Method:
                 f"{name}: optimizer must hold every trainable parameter of the model (was it made "
                 f"before the layers were replaced?), got none of {missing[:8]}"
             )
+        self._require_whole()
         unknown = [key for key, p in trainable.items() if not _is_number(p.dtype)]
         if unknown:
             raise ValueError(
@@ -89,9 +92,13 @@ class Method:
             kind = type(optimizer).__name__
             raise ValueError(f"{name}: optimizer must step without a closure, got {kind}")
 
+    def _require_whole(self) -> None:
+        for key, p in self.trainable().items():
+            require_whole(type(self).__name__, key, p)
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The model's trainable parameters by name, DDP's prefix left out."""
-        return {key: p for key, p in bare(self.model).named_parameters() if p.requires_grad}
+        """The model's trainable parameters by name, as the unwrapped model has them."""
+        return {key: p for key, p in named_parameters(self.model) if p.requires_grad}
 
     def step(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """One optimizer step: forwards, backwards, `optimizer.step()` and `zero_grad()`.
@@ -119,6 +126,7 @@ class Method:
         _check.kinds(name, (list, tuple), batches=batches)
         if not batches:
             raise ValueError(f"{name}: batches must hold at least one batch, got none")
+        self._require_whole()
         self.optimizer.zero_grad()
         try:
             loss = self.gradient(loss_fn, batches)
@@ -268,16 +276,6 @@ class Method:
         expected, got = sorted(self.state_dict()), sorted(state_dict)
         if got != expected:
             raise ValueError(f"{name}: state_dict must have the keys {expected}, got {got}")
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model itself where it is a DDP module around one."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by name, the same under DDP."""
-    return bare(model).named_modules()
 
 
 def _is_number(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flatkern import ops
 from flatkern.methods import _rounding
 from flatkern.methods._contexts import evaluating, kept
-from flatkern.methods.base import LossFn, Method, bare
+from flatkern.methods.base import LossFn, Method
 from flatkern.noise import NoiseKey
 from flatkern.noise.numbers import tensor_numbers
 from flatkern.ops import _check
@@ -80,10 +80,12 @@ class MeZO(Method):
             return self.mean_loss(loss_fn, batches)
 
     def _keyed(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        numbers = tensor_numbers(bare(self.model))
-        for name, weight in self.trainable().items():
-            key = NoiseKey(self._seed, self._step, tensor=numbers[name])
-            yield weight, key.to(weight.device)
+        # In the order of the parameters, whatever their names are.
+        numbers = tensor_numbers(self.model).values()
+        for weight, number in zip(self.model.parameters(), numbers, strict=True):
+            if weight.requires_grad:
+                key = NoiseKey(self._seed, self._step, tensor=number)
+                yield weight, key.to(weight.device)
 
     def update(self) -> bool:
         """Step the optimizer, and go on to the next z."""

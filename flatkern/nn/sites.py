@@ -49,6 +49,9 @@ class Site(Protocol):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [k, n] and B [m, k] of W'."""
 
+    def row_factor(self) -> Tensor | float:
+        """d of W' = diag(d) (W + s B A) in the open window: the gradient of W is d times W''s."""
+
     def adapters(self) -> dict[str, nn.Parameter]:
         """The parameters that are the adapter's, not the base model's, by name."""
 
