@@ -1,7 +1,6 @@
 """What the methods share that train under random weight noise."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.methods import _rounding
-from flatkern.methods._layers import WeightGradient, recording, row_squares
+from flatkern.methods._layers import WeightGradient, recording
+from flatkern.methods._ranks import dense
 from flatkern.methods.base import LossFn, Method
 from flatkern.nn.sites import site_of
 from flatkern.noise import Fisher, WeightNoise
@@ -65,14 +65,6 @@ class Windowed(Method):
         self._seen: dict[str, Tensor] = {}
         self._frozen = {} if fisher is None else self._frozen_layers()
         self._told = False
-        held = {id(weight) for weight in self._weights().values()}
-        left = [key for key, p in self.trainable().items() if p.is_complex() and id(p) not in held]
-        if left and scope not in ("merged", "lora"):
-            warnings.warn(
-                f"{type(self).__name__}: complex parameters take no noise and are trained without: "
-                f"{left[:8]}",
-                stacklevel=3,
-            )
 
     def _weights(self) -> dict[str, nn.Parameter]:
         """The weights in scope by the noise's names for them."""
@@ -134,7 +126,7 @@ class Windowed(Method):
         factor = weight * (1.0 if self.scaler is None else self.scaler.get_scale())
         for name, p in self._weights().items() if self._fisher is not None else ():
             if p.requires_grad and p.grad is not None:
-                squares[name] = row_squares(p.grad)
+                squares[name] = self.noise.row_squares(name, dense(p.grad))
         self._seen = {name: square / factor**2 for name, square in squares.items()}
         for p, grad in zip(trainable, before, strict=True):
             if grad is not None:
