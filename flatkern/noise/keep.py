@@ -330,7 +330,7 @@ def _is_capturing(weight: Tensor) -> bool:
 def checksums(weight: Tensor) -> Tensor:
     """The sum of the bits of each row of dim0 x rest, as int64 modulo 2^64."""
     bits = weight.view(_INTEGERS[weight.dtype.itemsize])
-    words = bits.reshape(bits.shape[0], -1)
+    words = bits.reshape(bits.shape[0], bits.shape[1:].numel())
     row_bytes, offset = words.shape[1] * words.dtype.itemsize, words.storage_offset()
     if words.is_contiguous() and row_bytes % 8 == 0 == offset * words.dtype.itemsize % 8:
         words = words.view(torch.int64)
