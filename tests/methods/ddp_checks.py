@@ -37,6 +37,7 @@ EVERY += [
     Case(methods.RWP, {"sigma": 0.1, "max_grad_norm": 0.05}),
     Case(methods.MeZO, {"mu": 0.01, "max_grad_norm": 0.05}),
 ]
+EVERY = list({str((case.type, case.options)): case for case in EVERY}.values())
 # Another method than on one process, by definition: docs/distributed.md.
 APART = ("last_only", "split", "ranks")
 OTHERS = [
