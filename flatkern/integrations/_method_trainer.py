@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from flatkern.methods import MeZO
+from flatkern.methods._ranks import Ranks
 from flatkern.methods.base import Method
 from flatkern.ops import _check
 
@@ -50,6 +50,7 @@ class MethodTrainerMixin:
         self._make_method = method
         self.method: Method | None = None
         self._in_eval = False
+        self._wrapped: nn.Module | None = None
         super().__init__(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +74,9 @@ class MethodTrainerMixin:
             return torch.zeros((), device=self.args.device)
         # An evaluation leaves eval mode behind; the Trainer's own step does the same.
         model.train()
+        if self._wrapped is not model:
+            # The method has the model itself; that ranks train it is said by what is around it.
+            self._wrapped, self.method.ranks = model, Ranks(model)
         # A method divides by the number of micro-batches, and the Trainer has done so.
         count = len(self._group)
         loss = self.method.gradient(
@@ -113,10 +117,7 @@ class MethodTrainerMixin:
             return
         scaler = self.accelerator.scaler
         self.method = self._make_method(self.model, accelerated.optimizer, scaler=scaler)
-        if isinstance(self.method, MeZO) and self.accelerator.num_processes > 1:
-            # There is no backward in which DDP would average.
-            accepted = "one that runs backward where there are several processes"
-            _check.refuse(_OP, "method", accepted, "MeZO")
+        self._wrapped = None
 
         def step(accelerated: AcceleratedOptimizer, closure: None = None) -> None:
             accelerated._is_overflow = not self.method.update()

@@ -144,6 +144,14 @@ class PeftSite(Bystander):
         """A and B of the active adapters, one below (beside) the other."""
         return self._scaled_factors()[:2]
 
+    def row_factor(self) -> Tensor | float:
+        """d of W' = diag(d) (W + s B A): DoRA's mu / ||V|| of the open window, else 1."""
+        magnitudes = getattr(self.layer, "lora_magnitude_vector", {})
+        for name in self._active():
+            if name in magnitudes:
+                return magnitudes[name].weight / self._norms[name]
+        return 1.0
+
     def _active(self) -> list[str]:
         if self.layer.disable_adapters:
             return []

@@ -13,8 +13,10 @@ _TRACKING = (nn.modules.batchnorm._NormBase,)
 
 
 @contextlib.contextmanager
-def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+def kept(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Whatever is written in `tensors`, their exact bits come back. Costs a copy of them.
+
+    Yields the copies, of sharded tensors those of this rank's parts.
 
     An autocast around several passes would go on using what it cast before: it forgets that.
     """
@@ -33,7 +35,7 @@ def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
     # Twice, so that Ctrl-C in the first one's copying still restores.
     try:
         try:
-            yield
+            yield copies
         finally:
             put_back()
     finally:

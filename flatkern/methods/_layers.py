@@ -1,47 +1,141 @@
-"""LoRA layers as methods see them, and the gradient of a frozen weight inside one."""
+"""Layers with low-rank adapters as methods see them, and the gradients of weights inside them."""
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from flatkern.methods._ranks import Ranks, dense
 from flatkern.methods.base import Method
-from flatkern.nn import LoRALinear
+from flatkern.nn.names import named_modules
+from flatkern.nn.sites import site_of
+from flatkern.noise import shards
 
 
-def lora_layers(method: Method, *trained: str) -> dict[str, LoRALinear]:
-    """The LoRALinear layers of the method's model by name, of which these adapters are trained.
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Adapters A [r, n] and B [m, r], both trained, that add s B A to a layer's weight.
+
+    Attributes:
+        name: of the layer; in a layer of PEFT's followed by the adapter's.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+
+    @property
+    def learns(self) -> bool:
+        """Whether this step has gradients for it."""
+        return self.A.grad is not None and self.B.grad is not None
+
+
+@dataclass(frozen=True, eq=False)
+class LoRALayer:
+    """A `LoRALinear`, or one of PEFT's LoRA layers, attached to or not.
+
+    Attributes:
+        pairs: those of the active adapters that are trained; none in NoRA and AdaLoRA, whose
+            products have more factors.
+        adapters: all parameters of its adapters that are trained.
+        linear: whether its output is x W'^T + b.
+    """
+
+    name: str
+    module: nn.Module
+    pairs: list[Pair] = field(default_factory=list)
+    adapters: list[nn.Parameter] = field(default_factory=list)
+    linear: bool = True
+
+
+# What a method may need of a layer, an attribute of `LoRALayer`, in words.
+_NEEDED = {
+    "linear": "LoRALinear layers, or PEFT's over linear ones",
+    "pairs": "LoRALinear layers, or PEFT's LoRA layers, whose lora_A and lora_B are trained",
+    "adapters": "LoRALinear layers, or PEFT's LoRA layers, with adapters that are trained",
+}
+
+
+def lora_layers(method: Method, needed: str) -> list[LoRALayer]:
+    """The layers of the method's model that have what is needed: linear, pairs or adapters.
 
     Raises:
         ValueError: there are none.
     """
-    layers = {
-        name: module
-        for name, module in method.model.named_modules()
-        if isinstance(module, LoRALinear)
-        and all(getattr(module, part).requires_grad for part in trained)
-    }
+    found = [layer for name, module in named_modules(method.model) for layer in _of(name, module)]
+    layers = [layer for layer in found if getattr(layer, needed)]
     if not layers:
-        whose = f" whose {' and '.join(trained)} are trained" if trained else ""
         raise ValueError(
-            f"{type(method).__name__}: model must have LoRALinear layers{whose}, got none; "
-            "see flatkern.nn.replace_linear"
+            f"{type(method).__name__}: model must have {_NEEDED[needed]}, got none; see "
+            "flatkern.nn.replace_linear"
         )
     return layers
 
 
+def _of(name: str, module: nn.Module) -> Iterator[LoRALayer]:
+    if site_of(module) is module:
+        own = [part for part in module.adapters().values() if part.requires_grad]
+        A, B = module.lora_A, module.lora_B
+        trained = A.requires_grad and B.requires_grad
+        pairs = [Pair(name, A, B, module.scaling)] if trained else []
+        yield LoRALayer(name, module, pairs, own)
+    elif _is_peft(module):
+        own = [
+            part
+            for key, part in module.named_parameters()
+            if part.requires_grad and key.split(".")[0] != "base_layer"
+        ]
+        yield LoRALayer(name, module, list(_peft_pairs(name, module)), own, _is_linear(module))
+
+
+def _is_peft(module: nn.Module) -> bool:
+    # Told by what it has: methods import no other package.
+    parts = module._modules
+    return "base_layer" in parts and "lora_A" in parts and hasattr(module, "active_adapters")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = module.get_base_layer()
+    sizes = all(isinstance(getattr(module, n, None), int) for n in ("in_features", "out_features"))
+    other = any(hasattr(base, name) for name in ("kernel_size", "num_embeddings", "num_heads"))
+    # A layer of PEFT's over a parameter of a module, such as stacked experts, has a name for it.
+    return sizes and not other and not hasattr(module, "parameter_name")
+
+
+def _peft_pairs(name: str, module: nn.Module) -> Iterator[Pair]:
+    if not _is_linear(module) or "lora_E" in module._modules:
+        return
+    for adapter in module.active_adapters:
+        if adapter in module.lora_A:
+            A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            if A.requires_grad and B.requires_grad:
+                # A tensor after PEFT's prepare_model_for_compiled_hotswap.
+                yield Pair(f"{name}.{adapter}", A, B, float(module.scaling[adapter]))
+
+
 class WeightGradient:
-    """G = sum of dy^T x over the tokens of one layer, the gradient [m, n] of its merged weight.
+    """G = sum of dy^T x over the tokens of a weight's layers, its gradient [m, n].
 
     Kept as its factors x [tokens, n] and dy [tokens, m] until they are larger than G, as G from
     then on.
     """
 
-    def __init__(self, layer: LoRALinear) -> None:
-        """No tokens yet: G is 0."""
-        self.layer = layer
-        self._shape = layer.weight.shape
+    def __init__(self, module: nn.Module) -> None:
+        """No tokens yet: G is 0.
+
+        Args:
+            module: a layer of the weight.
+        """
+        self._shape = module.out_features, module.in_features
+        first = next(module.parameters())
+        dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
+        self._like = {
+            "device": first.device,
+            "dtype": torch.float64 if torch.float64 in dtypes else torch.float32,
+        }
         self._x: list[Tensor] = []
         self._dy: list[Tensor] = []
         self._dense: Tensor | None = None
@@ -52,20 +146,21 @@ class WeightGradient:
         self._x.append(x.reshape(-1, columns))
         self._dy.append(dy.detach().reshape(-1, rows))
         tokens = sum(part.shape[0] for part in self._x)
-        if self._dense is None and tokens * (rows + columns) <= rows * columns:
-            return
-        x, dy = self._factors()
-        with _no_autocast(x):
-            product = dy.t() @ x
-        self._dense = product if self._dense is None else self._dense + product
-        self._x, self._dy = [], []
+        if self._dense is not None or tokens * (rows + columns) > rows * columns:
+            self._sum_up()
+
+    def average(self, ranks: Ranks) -> None:
+        """Let G be its mean over the ranks, on each of which it is that of its own tokens."""
+        if ranks.size > 1:
+            self._sum_up()
+            self._dense = ranks.mean(self._dense)
 
     def norm(self) -> Tensor:
         """||G||, Frobenius."""
         if self._dense is not None:
             return self._dense.norm()
         if not self._x:
-            return torch.zeros((), device=self.layer.weight.device)
+            return torch.zeros((), **self._like)
         x, dy = self._factors()
         with _no_autocast(x):
             return ((x @ x.t()) * (dy @ dy.t())).sum().clamp_min(0).sqrt()
@@ -82,32 +177,35 @@ class WeightGradient:
 
     @torch.no_grad()
     def row_squares(self) -> Tensor:
-        """sum_j (d_i G_ij)^2 of every row, [m]: of the gradient of the weight that takes noise.
-
-        d is the layer's `row_factor`, in the window that its forwards were in.
-        """
-        return self._row_squares() * self.layer.row_factor() ** 2
-
-    def _row_squares(self) -> Tensor:
+        """sum_j G_ij^2 of every row, [m]."""
         if self._dense is not None:
             return row_squares(self._dense)
         if not self._x:
-            return torch.zeros(self._shape[0], device=self.layer.weight.device)
+            return torch.zeros(self._shape[0], **self._like)
         x, dy = self._factors()
         with _no_autocast(x):
             return ((x @ x.t() @ dy) * dy).sum(0).clamp_min(0)
 
+    def _sum_up(self) -> None:
+        if self._dense is None:
+            self._dense = torch.zeros(self._shape, **self._like)
+        if self._x:
+            x, dy = self._factors()
+            with _no_autocast(x):
+                self._dense = self._dense + dy.t() @ x
+            self._x, self._dy = [], []
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         """All tokens, in float32 or wider."""
         x, dy = torch.cat(self._x), torch.cat(self._dy)
-        wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
-        return x.to(wide), dy.to(wide)
+        return x.to(self._like["dtype"]), dy.to(self._like["dtype"])
 
 
 def row_squares(gradient: Tensor) -> Tensor:
     """The sum of squares over each row of dim0 x rest, float32 or wider."""
+    gradient = dense(gradient)
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return wide.reshape(wide.shape[0] if wide.dim() else 1, -1).square().sum(1)
+    return wide.reshape(wide.shape[0] if wide.dim() else 1, -1).abs().square().sum(1)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -115,37 +213,53 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def recording(gradients: dict[LoRALinear, WeightGradient]) -> Iterator[None]:
-    """Backwards inside add what they see of the layers to their gradients."""
+def recording(gradients: dict[nn.Module, WeightGradient], of_noisy: bool = False) -> Iterator[None]:
+    """Backwards inside add what they see of the modules to their gradients.
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    Args:
+        gradients: of modules that give x W'^T + b; modules of one weight share theirs.
+        of_noisy: whether it is that of the weight that takes noise, d times that of W' with the
+            `row_factor` d of the window that the forward is in.
+    """
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
         if output.requires_grad:
-            x = inputs[0].detach()
-            output.register_hook(lambda dy: gradients[layer].add(x, dy))
+            x = _input(args, kwargs).detach()
+            if shards.is_sharded(x) or shards.is_sharded(output):
+                raise ValueError(
+                    "methods: model must not be tensor parallel where gradients of merged weights "
+                    f"are taken, got DTensors in {type(module).__name__}"
+                )
+            d = site_of(module).row_factor() if of_noisy else 1.0
+            d = d.detach() if isinstance(d, Tensor) else d
+            output.register_hook(lambda dy: gradients[module].add(x, dy * d))
 
     with _forward_hooks(gradients, record):
         yield
 
 
 @contextlib.contextmanager
-def adding(gradients: dict[WeightGradient, Tensor]) -> Iterator[None]:
-    """The layers as if factor G were added to their weights, without rounding; none is written."""
-    by_layer = {gradient.layer: (gradient, factor) for gradient, factor in gradients.items()}
+def adding(factors: dict[nn.Module, tuple[WeightGradient, Tensor]]) -> Iterator[None]:
+    """The modules as if factor G were added to their weights, without rounding; none is written."""
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gradient, factor = by_layer[layer]
-        return (output + factor * gradient.product(inputs[0])).to(output.dtype)
+    def add(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        gradient, factor = factors[module]
+        return (output + factor * gradient.product(_input(args, kwargs))).to(output.dtype)
 
-    with _forward_hooks(by_layer, add):
+    with _forward_hooks(factors, add):
         yield
 
 
+def _input(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @contextlib.contextmanager
-def _forward_hooks(layers, hook) -> Iterator[None]:
+def _forward_hooks(modules, hook) -> Iterator[None]:
     handles = []
     try:
-        for layer in layers:
-            handles.append(layer.register_forward_hook(hook))
+        for module in modules:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:

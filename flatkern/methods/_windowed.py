@@ -1,14 +1,17 @@
 """What the methods share that train under random weight noise."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatkern.methods._layers import WeightGradient, recording, row_squares
+from flatkern.methods import _rounding
+from flatkern.methods._layers import WeightGradient, recording
+from flatkern.methods._ranks import dense
 from flatkern.methods.base import LossFn, Method
-from flatkern.nn import LoRALinear
+from flatkern.nn.sites import site_of
 from flatkern.noise import Fisher, WeightNoise
 from flatkern.noise.schedules import Schedule
 
@@ -61,49 +64,90 @@ class Windowed(Method):
         self._fisher = fisher
         self._seen: dict[str, Tensor] = {}
         self._frozen = {} if fisher is None else self._frozen_layers()
+        self._told = False
 
-    def _frozen_layers(self) -> dict[str, LoRALinear]:
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """The weights in scope by the noise's names for them."""
+        return {t.name: getattr(*t.owners[0]) for t in self.noise._targets}
+
+    def _frozen_layers(self) -> dict[str, list[nn.Module]]:
         """The layers of the frozen weights in scope, whose gradients they can estimate."""
-        frozen = [name for name in self.noise.names if name not in self.trainable()]
-        layers = {
-            f"{name}.weight": module
-            for name, module in self.model.named_modules()
-            if isinstance(module, LoRALinear)
-        }
-        unknown = [name for name in frozen if name not in layers]
+        layers: dict[int, list[nn.Module]] = {}
+        for module in self.model.modules():
+            site = site_of(module)
+            if site is not None and site.weight is not None:
+                layers.setdefault(id(site.weight), []).append(module)
+        frozen = {name: w for name, w in self._weights().items() if not w.requires_grad}
+        unknown = [name for name, weight in frozen.items() if id(weight) not in layers]
         if unknown:
             raise ValueError(
                 f"{type(self).__name__}: scope must leave out frozen weights outside LoRALinear "
-                f"layers under strategy 'fisher', which has no gradient to estimate their F from, "
-                f"got {unknown[:8]}"
+                "and attached layers under strategy 'fisher', which has no gradient to estimate "
+                f"their F from, got {unknown[:8]}"
             )
-        return {name: layers[name] for name in frozen}
+        return {name: layers[id(weight)] for name, weight in frozen.items()}
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """The mean gradient at w + e."""
         return self.noisy_gradient(loss_fn, batches)
 
-    def noisy_gradient(self, loss_fn: LossFn, batches: Sequence[Any], weight: float = 1.0) -> float:
-        """Add `weight` times the mean gradient at w + e to `.grad`; return the mean loss."""
-        if self._fisher is None:
-            with self.noise.window(micro_batches=len(batches)):
+    def noisy_gradient(
+        self,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        weight: float = 1.0,
+        share: float = 1.0,
+        apart: bool = False,
+    ) -> float:
+        """Add `weight` times the mean gradient at w + e to `.grad`; return the mean loss.
+
+        Args:
+            loss_fn, batches, weight: as in `mean_gradient`; there may be no batches.
+            share: what this rank's mean counts in that of all ranks.
+            apart: ranks may have run other numbers of passes; they share gradients here.
+        """
+        if self._fisher is None and not apart:
+            with self.window(micro_batches=len(batches)):
                 return self.mean_gradient(loss_fn, batches, weight)
-        trainable = self.trainable()
-        before = {name: p.grad for name, p in trainable.items()}
+        trainable = self.trainable().values()
+        before = [p.grad for p in trainable]
         self.optimizer.zero_grad()
-        gradients = {layer: WeightGradient(layer) for layer in self._frozen.values()}
-        with self.noise.window(micro_batches=len(batches)), recording(gradients):
-            loss = self.mean_gradient(loss_fn, batches, weight)
-            squares = {name: gradients[layer].row_squares() for name, layer in self._frozen.items()}
+        layers = {name: WeightGradient(modules[0]) for name, modules in self._frozen.items()}
+        recorded = {m: layers[name] for name, modules in self._frozen.items() for m in modules}
+        count = max(len(batches), 1)
+        with self.window(micro_batches=count), recording(recorded, of_noisy=True):
+            total = self.own_gradient(loss_fn, batches, weight * share, apart)
+        if apart:
+            self.ranks.average_gradients(list(trainable))
+        squares = {}
+        for name, gradient in layers.items():
+            gradient.average(self.ranks)
+            squares[name] = gradient.row_squares()
         factor = weight * (1.0 if self.scaler is None else self.scaler.get_scale())
-        for name in self.noise.names:
-            if name in trainable and trainable[name].grad is not None:
-                squares[name] = row_squares(trainable[name].grad)
+        for name, p in self._weights().items() if self._fisher is not None else ():
+            if p.requires_grad and p.grad is not None:
+                squares[name] = self.noise.row_squares(name, dense(p.grad))
         self._seen = {name: square / factor**2 for name, square in squares.items()}
-        for name, p in trainable.items():
-            if before[name] is not None:
-                p.grad = before[name] if p.grad is None else p.grad.add_(before[name])
-        return loss
+        for p, grad in zip(trainable, before, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return self.mean_number(share * total, count)
+
+    @contextlib.contextmanager
+    def window(self, *args: Any, **options: Any) -> Iterator[None]:
+        """The noise's; the first that has noise warns if 16-bit weights lose most of it."""
+        with self.noise.window(*args, **options):
+            sigma_t = self.noise.sigma_t
+            if not self._told and sigma_t > 0:
+                self._told = True
+                ramp = self.noise._sigma / sigma_t
+                parts = [
+                    (t.part.local, ramp * t.part.rows_of(t.row_scale), t.elementwise)
+                    for t in self.noise._targets
+                    if t.quantized is None
+                ]
+                _rounding.tell_of_noise(type(self).__name__, parts, "noise of this sigma")
+            yield
 
     def update(self) -> bool:
         """Step the optimizer, and with it F."""

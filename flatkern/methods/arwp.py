@@ -14,11 +14,11 @@ class ARWP(Windowed):
 
     F_i <- beta F_i + sum_j g_ij^2, with g the mean gradient at w + e; F is absent in the first
     step, and [m] numbers a weight. A vector counts as one row of the noise, and its F is its
-    elements'. Frozen weights of LoRALinear layers in scope take g from their inputs and output
-    gradients: of W, which for DoRA is mu / ||V|| times that of W', as if without dropout. The mixed
-    form, mARWP, is `MixedRWP(strategy="fisher")`. Source: Li et al., "Revisiting random weight
-    perturbation", 2024; its code starts from sigma = 1e-3 and has `flatkern.lpf(total_steps, 10)`
-    for a schedule.
+    elements'. Frozen weights of LoRALinear layers, and of PEFT's attached ones, in scope take g
+    from their inputs and output gradients: of W, which for DoRA is mu / ||V|| times that of W', as
+    if without dropout. With several ranks g is the mean over all. The mixed form, mARWP, is
+    `MixedRWP(strategy="fisher")`. Source: Li et al., "Revisiting random weight perturbation", 2024;
+    its code starts from sigma = 1e-3 and has `flatkern.lpf(total_steps, 10)` for a schedule.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ARWP(Windowed):
 
         Raises:
             TypeError, ValueError: see `Method`, `flatkern.WeightNoise` and `flatkern.Fisher`; a
-                scope of frozen weights outside LoRALinear layers.
+                scope of frozen weights outside such layers.
         """
         super().__init__(
             model,

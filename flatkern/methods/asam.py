@@ -34,13 +34,14 @@ class ASAM(Ascent):
         """Perturb every trainable parameter.
 
         Args:
-            model, optimizer, options: see `Method`.
+            model, optimizer: see `Method`.
             rho: radius, finite and at least 0; about 10 times SAM's.
             eta: finite and at least 0; None takes the preset's.
             preset: "samsung" (SamsungLabs/ASAM): eta 0.01, and T = 1 for tensors with fewer than
                 two dimensions; "davda54" (davda54/sam): T = |w| for all.
             norm: "joint", one ball for all tensors, or "per_tensor", one for each.
-            last_only: take the second gradient from the last micro-batch alone.
+            last_only: take the second gradient from the last micro-batch alone, of each rank.
+            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value.

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatkern.methods import _rounding
 from flatkern.methods._ascent import wide_norm
-from flatkern.methods._layers import lora_layers
+from flatkern.methods._layers import Pair, lora_layers
 from flatkern.methods.base import Method
-from flatkern.nn import LoRALinear
+from flatkern.noise import NoiseKey
 from flatkern.noise.schedules import Schedule, constant, factor_at
 from flatkern.noise.shards import part_of
 from flatkern.ops import _check
@@ -35,7 +36,7 @@ class BAR(Method):
         schedule: Schedule | None = None,
         **options: Any,
     ) -> None:
-        """Balance the adapters of every LoRALinear layer.
+        """Balance the adapters of every LoRALinear and PEFT LoRA layer.
 
         Args:
             model, optimizer, options: see `Method`.
@@ -46,7 +47,7 @@ class BAR(Method):
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
-                without LoRALinear layers whose A and B are trained.
+                without such layers whose A and B are trained.
         """
         super().__init__(model, optimizer, **options)
         _check.kinds("BAR", (float, int), alpha=alpha)
@@ -57,28 +58,24 @@ class BAR(Method):
         self.variant = variant
         self._schedule = schedule or constant()
         self._step = 0
-        self._layers = list(lora_layers(self, "lora_A", "lora_B").values())
+        lora_layers(self, "pairs")
 
     def update(self) -> bool:
         """Balance, then clip and step; where the optimizer is not stepped, A and B stay."""
         strength = self.alpha * factor_at("BAR", self._schedule, self._step)
-        layers = [layer for layer in self._layers if layer.lora_B.grad is not None]
+        pairs = [p for layer in lora_layers(self, "pairs") for p in layer.pairs if p.learns]
         rates = {
             id(p): float(group["lr"])
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
         # Of sharded adapters what this rank holds: the list op takes no DTensors.
-        adapters = [
-            part_of(part.detach()).local
-            for layer in layers
-            for part in (layer.lora_A, layer.lora_B)
-        ]
+        adapters = [part_of(part.detach()).local for pair in pairs for part in (pair.A, pair.B)]
         before = [part.clone() for part in adapters]
         stepped = False
         try:
-            for layer in layers:
-                self._balance(layer, strength * rates[id(layer.lora_B)])
+            for number, pair in enumerate(pairs):
+                self._balance(pair, strength * rates[id(pair.B)], number)
             stepped = super().update()
         finally:
             if not stepped:
@@ -86,18 +83,23 @@ class BAR(Method):
         self._step += stepped
         return stepped
 
-    def _balance(self, layer: LoRALinear, amount: float) -> None:
+    def _balance(self, pair: Pair, amount: float, number: int) -> None:
         """Grow one adapter by 1 + amount; nothing waits for the norms."""
         if amount >= 1:
             _check.refuse("BAR", "alpha", "below 1 / the learning rate", self.alpha)
-        A, B = layer.lora_A, layer.lora_B
+        A, B = pair.A, pair.B
         if self.variant == "nBAR":
             grow_B = wide_norm(B.grad) >= wide_norm(A.grad)
         else:
             grow_B = wide_norm(B.detach()) < wide_norm(A.detach())
         signed = (2 * grow_B.to(torch.promote_types(A.dtype, torch.float32)) - 1) * amount
-        B.detach().mul_(1 + signed)
-        A.detach().mul_(1 - signed)
+        for part, factor, own in ((B, signed, 0), (A, -signed, 1)):
+            if _rounding.is_coarse(part.dtype):
+                # 1 + a lr is 1 in 16 bits.
+                key = NoiseKey(0, self._step, tensor=2 * number + own)
+                _rounding.add_(part.detach(), part.detach().float() * factor, key)
+            else:
+                part.detach().mul_(1 + factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates so far, which the schedule counts."""

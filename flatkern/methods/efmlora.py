@@ -30,17 +30,18 @@ class EFMLoRA(FMLoRA):
         norm: str = "per_layer",
         **options: Any,
     ) -> None:
-        """Perturb the merged weight of every LoRALinear layer.
+        """Perturb the merged weight of every LoRALinear and PEFT LoRA layer.
 
         Args:
-            model, optimizer, options: see `Method`.
+            model, optimizer: see `Method`.
             rho: radius, finite and at least 0.
             beta: weight of the newest step, in (0, 1]; 1 is FMLoRA with the last step's E.
             norm: "per_layer", one ball for each merged weight, or "joint", one for all.
+            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
-                without LoRALinear layers.
+                without such layers.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, **options)
         _check.kinds("EFMLoRA", (float, int), beta=beta)
@@ -52,9 +53,11 @@ class EFMLoRA(FMLoRA):
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """The mean gradient at B + M; the next M waits for the update."""
-        with kept(self.perturbed()):
-            for name, step in self._mean.items():
-                self._layers[name].lora_B.detach().add_(step)
+        weights = self.perturbed()
+        with kept(weights) as before:
+            self.move_all(self._mean)
+            if self._mean:
+                self.tell(weights, before)
             loss = self.mean_gradient(loss_fn, batches)
             self._next_mean = {**self._mean, **self._mixed(self.steps())}
         return loss
@@ -73,8 +76,9 @@ class EFMLoRA(FMLoRA):
         return stepped
 
     def state_dict(self) -> dict[str, Any]:
-        """M of every layer, by its name; none before the first update."""
-        return {"mean": {name: step.clone() for name, step in self._mean.items()}}
+        """M of every layer, by its name, none before the first update; seed and step as in SAM."""
+        mean = {name: step.clone() for name, step in self._mean.items()}
+        return {"mean": mean, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -82,16 +86,20 @@ class EFMLoRA(FMLoRA):
         Raises:
             TypeError, ValueError: not what `state_dict` gives; nothing is changed.
         """
-        super().load_state_dict(state_dict)
-        mean = state_dict["mean"]
+        pairs = self.pairs()
+        mean = state_dict.get("mean", {}) if isinstance(state_dict, dict) else {}
         _check.kinds("EFMLoRA", dict, mean=mean)
         for name, step in mean.items():
-            if name not in self._layers:
-                _check.refuse("EFMLoRA", "mean", f"of the layers {list(self._layers)}", name)
+            if name not in pairs:
+                _check.refuse("EFMLoRA", "mean", f"of the layers {list(pairs)}", name)
             _check.kinds("EFMLoRA", torch.Tensor, **{f"mean[{name!r}]": step})
-            shape = self._layers[name].lora_B.shape
+            shape = pairs[name].B.shape
             if step.shape != shape:
                 _check.refuse("EFMLoRA", f"mean[{name!r}]", f"of shape {list(shape)}", step)
-        self._mean = {
-            name: step.to(self._layers[name].lora_B, copy=True) for name, step in mean.items()
-        }
+        super().load_state_dict(state_dict)
+        self._mean = {name: _wide_copy(step, pairs[name].B) for name, step in mean.items()}
+
+
+def _wide_copy(step: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """M as it is kept: not in 16 bits, whatever B is in."""
+    return step.to(B.device, torch.promote_types(B.dtype, torch.float32), copy=True)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.methods._ascent import Ascent
-from flatkern.methods._layers import lora_layers
-from flatkern.nn import LoRALinear
+from flatkern.methods._layers import Pair, lora_layers
 
 
 class FMLoRA(Ascent):
@@ -35,56 +34,86 @@ class FMLoRA(Ascent):
         last_only: bool = False,
         **options: Any,
     ) -> None:
-        """Perturb the merged weight of every LoRALinear layer.
+        """Perturb the merged weight of every LoRALinear and PEFT LoRA layer.
 
         Args:
-            model, optimizer, options: see `Method`.
+            model, optimizer: see `Method`.
             rho: radius, finite and at least 0; the source uses 0.05 to 0.6.
             norm: "per_layer", one ball for each merged weight, or "joint", one for all.
-            last_only: take the second gradient from the last micro-batch alone.
+            last_only: take the second gradient from the last micro-batch alone, of each rank.
+            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
-                without LoRALinear layers whose A and B are trained.
+                without such layers whose A and B are trained.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
-        self._layers = lora_layers(self, "lora_A", "lora_B")
+        lora_layers(self, "pairs")
+
+    def pairs(self) -> dict[str, Pair]:
+        """The adapters by name, those of one layer beside one another."""
+        return {pair.name: pair for layer in lora_layers(self, "pairs") for pair in layer.pairs}
 
     def perturbed(self) -> list[nn.Parameter]:
         """Every B."""
-        return [layer.lora_B for layer in self._layers.values()]
+        return [pair.B for pair in self.pairs().values()]
 
     def climb(self, weights: list[nn.Parameter]) -> None:
         """Add E to every B that has a gradient."""
-        for name, step in self.steps().items():
-            self._layers[name].lora_B.detach().add_(step)
+        self.move_all(self.steps())
+
+    def move_all(self, steps: dict[str, Tensor]) -> None:
+        """Add to the B of these names."""
+        for number, (name, pair) in enumerate(self.pairs().items()):
+            if name in steps:
+                self.move(pair.B, steps[name], number)
 
     def steps(self) -> dict[str, Tensor]:
-        """E [m, r] of every layer that has gradients, by the layer's name."""
-        layers = {
-            name: layer for name, layer in self._layers.items() if layer.lora_B.grad is not None
-        }
-        estimates = [_estimate(layer) for layer in layers.values()]
+        """E [m, r] of all pairs that have gradients, by the pair's name; float32 or wider."""
+        layers = [
+            pairs
+            for layer in lora_layers(self, "pairs")
+            if (pairs := [pair for pair in layer.pairs if pair.learns])
+        ]
+        estimates = [_estimate(pairs) for pairs in layers]
         factors = self.factors([norm for _, norm in estimates])
-        return {
-            name: (direction * factor).to(layer.lora_B.dtype)
-            for (name, layer), (direction, _), factor in zip(
-                layers.items(), estimates, factors, strict=True
-            )
-        }
+        steps = {}
+        for pairs, (directions, _), factor in zip(layers, estimates, factors, strict=True):
+            for pair, direction in zip(pairs, directions, strict=True):
+                wide = torch.promote_types(pair.B.dtype, torch.float32)
+                steps[pair.name] = (direction * factor).to(wide)
+        return steps
 
 
-def _estimate(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """H A^+ / s [m, r], and ||H||, in float64: the Gram matrices square the condition number."""
-    A, B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
-    dA, dB = layer.lora_A.grad.double(), layer.lora_B.grad.double()
+def _estimate(pairs: list[Pair]) -> tuple[list[Tensor], Tensor]:
+    """H A^+ / s [m, r] of a layer's pairs, and ||H||.
+
+    In float64, because the Gram matrices square the condition number. Several active adapters are
+    one: W + sum s_i B_i A_i = W + B A with the A_i below, the s_i B_i beside one another.
+    """
+    A = _joined([pair.A.detach() for pair in pairs], 0)
+    B = _joined([pair.scaling * pair.B.detach().double() for pair in pairs], 1)
+    dA = _joined([pair.A.grad for pair in pairs], 0)
+    dB = _joined([pair.B.grad.double() / pair.scaling for pair in pairs], 1)
     gram_A, gram_B = A @ A.t(), B.t() @ B
-    inverse_A = _inverse(gram_A, layer.lora_A)
-    X, Y = dB @ inverse_A, _inverse(gram_B, layer.lora_B) @ dA
+    inverse_A = _inverse(gram_A, _like(A, pairs[0].A))
+    X, Y = dB @ inverse_A, _inverse(gram_B, _like(B, pairs[0].B)) @ dA
     YA = Y @ A.t()
     square = (X.t() @ X * gram_A).sum() + (Y @ Y.t() * gram_B).sum() + 2 * (B.t() @ X * YA).sum()
-    s = layer.scaling
-    return (X + B @ YA @ inverse_A) / (2 * s * s), square.clamp_min(0).sqrt() / (2 * s)
+    joined = (X + B @ YA @ inverse_A) / 2
+    parts = joined.split([pair.B.shape[1] for pair in pairs], 1) if len(pairs) > 1 else [joined]
+    parts = [part / pair.scaling for part, pair in zip(parts, pairs, strict=True)]
+    return parts, square.clamp_min(0).sqrt() / 2
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    # Of one adapter there is nothing to join, which not every sharded tensor allows.
+    return parts[0].double() if len(parts) == 1 else torch.cat([p.double() for p in parts], dim)
+
+
+def _like(joined: Tensor, part: Tensor) -> Tensor:
+    """The factor as it is stored, for its shape and dtype."""
+    return torch.empty(joined.shape, dtype=part.dtype, device="meta")
 
 
 def _inverse(gram: Tensor, factor: Tensor) -> Tensor:

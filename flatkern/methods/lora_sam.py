@@ -28,28 +28,22 @@ class LoRASAM(Ascent):
         last_only: bool = False,
         **options: Any,
     ) -> None:
-        """Perturb the adapters of every LoRALinear layer.
+        """Perturb the adapters of every LoRALinear and PEFT LoRA layer.
 
         Args:
-            model, optimizer, options: see `Method`.
+            model, optimizer: see `Method`.
             rho: radius, finite and at least 0: 0.003 (Flat-LoRA's comparison), 0.05 to 0.2 (BAR's).
             norm: "joint", one ball for all tensors, or "per_tensor", one for each.
-            last_only: take the second gradient from the last micro-batch alone.
+            last_only: take the second gradient from the last micro-batch alone, of each rank.
+            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
                 without LoRALinear layers.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
-        self._adapters = [
-            part
-            for layer in lora_layers(self).values()
-            for part in layer.adapters().values()
-            if part.requires_grad
-        ]
-        if not self._adapters:
-            raise ValueError("LoRASAM: model must have adapters that are trained, got none")
+        lora_layers(self, "adapters")
 
     def perturbed(self) -> list[nn.Parameter]:
         """The adapters that are trained."""
-        return self._adapters
+        return [part for layer in lora_layers(self, "adapters") for part in layer.adapters]

@@ -15,8 +15,9 @@ class LPFSGD(Windowed):
     """The mean over M micro-batches of gradients at w + e_k, each with a draw of its own.
 
     e_k,ij ~ N(0, (sigma_t ||w_i||)^2); a vector counts as one row. sigma_t is constant, or grows
-    to (1 + alpha) sigma over `total_steps`. Source: Bisla et al., "Low-pass filtering SGD", 2022,
-    with the standard deviation of its code.
+    to (1 + alpha) sigma over `total_steps`. Of P ranks under DDP, rank r has the draws k P + r:
+    what one process has that takes the ranks' k-th micro-batches one after the other. Source:
+    Bisla et al., "Low-pass filtering SGD", 2022, with the standard deviation of its code.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class LPFSGD(Windowed):
         )
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
-        """The mean gradient, micro-batch k at w + e_k; k is the draw of its key."""
+        """The mean gradient, micro-batch k at w + e_k; its number is the draw of its key."""
         total = 0.0
-        for draw in range(len(batches)):
+        # Shards of a weight on several ranks are of one draw.
+        size, rank = (self.ranks.size, self.ranks.rank) if self.ranks.whole else (1, 0)
+        for index in range(len(batches)):
             # The last window ends the step.
-            last = draw + 1 == len(batches)
-            with self.noise.window(None if last else self.noise.step, draw):
-                total = total + self.add_gradient(loss_fn, batches, draw)
-        return float(total) / len(batches)
+            last = index + 1 == len(batches)
+            with self.window(None if last else self.noise.step, index * size + rank):
+                total = total + self.add_gradient(loss_fn, batches, index)
+        return self.mean_number(total, len(batches))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import ops
+from flatkern.methods import _rounding
 from flatkern.methods._contexts import evaluating, kept
 from flatkern.methods.base import LossFn, Method
 from flatkern.noise import NoiseKey
@@ -19,9 +20,10 @@ class MeZO(Method):
 
     z is regenerated from (seed, step, tensor) for each use and no global generator is read; w
     comes back bit for bit. The forwards run in eval mode, as in the published code, because two
-    dropout masks would differ by more than mu does. The optimizer takes p z from `.grad`. Costs
-    two forwards and a copy of the trainable weights. Source: Malladi et al., "Fine-tuning language
-    models with just forward passes", 2023, algorithm 1.
+    dropout masks would differ by more than mu does. The optimizer takes p z from `.grad`; with
+    several ranks p is that of all their batches. A complex weight is its real and imaginary parts.
+    Costs two forwards and a copy of the trainable weights. Source: Malladi et al., "Fine-tuning
+    language models with just forward passes", 2023, algorithm 1.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class MeZO(Method):
         self.mu = mu
         self._seed = seed
         self._step = 0
+        self._told = False
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """Write p z into `.grad`; the loss is the mean of those at the two points."""
@@ -60,21 +63,29 @@ class MeZO(Method):
             minus = self._loss_at(-self.mu, loss_fn, batches)
         slope = self.scaled((plus - minus) / (2 * self.mu))
         for weight, key in self._keyed():
-            z = _noise(weight.detach(), key)
-            weight.grad = (slope.to(z.device) * z).to(weight.dtype)
+            z = _noise(_parts(weight), key)
+            grad = (slope.to(z.device) * z).to(_parts(weight).dtype)
+            weight.grad = torch.view_as_complex(grad) if weight.is_complex() else grad
         return float((plus + minus) / 2)
 
     def _loss_at(self, distance: float, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
-        with kept(self.trainable().values()):
+        weights = list(self.trainable().values())
+        with kept(weights) as before:
             for weight, key in self._keyed():
-                ops.perturb_(*_operands(weight.detach(), distance), key)
+                if weight.numel():
+                    ops.perturb_(*_operands(_parts(weight), distance), key)
+            if not self._told:
+                self._told = True
+                _rounding.tell_of_moved("MeZO", weights, before, "mu")
             return self.mean_loss(loss_fn, batches)
 
     def _keyed(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        numbers = tensor_numbers(self.model)
-        for name, weight in self.trainable().items():
-            key = NoiseKey(self._seed, self._step, tensor=numbers[name])
-            yield weight, key.to(weight.device)
+        # In the order of the parameters, whatever their names are.
+        numbers = tensor_numbers(self.model).values()
+        for weight, number in zip(self.model.parameters(), numbers, strict=True):
+            if weight.requires_grad:
+                key = NoiseKey(self._seed, self._step, tensor=number)
+                yield weight, key.to(weight.device)
 
     def update(self) -> bool:
         """Step the optimizer, and go on to the next z."""
@@ -97,6 +108,12 @@ class MeZO(Method):
         self._seed, self._step = state_dict["seed"], state_dict["step"]
 
 
+def _parts(weight: nn.Parameter) -> Tensor:
+    """The weight's real numbers, in its own memory."""
+    weight = weight.detach()
+    return torch.view_as_real(weight) if weight.is_complex() else weight
+
+
 def _operands(weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The weight as the ops see it, which take nothing without dimensions, and a row scale."""
     weight = weight if weight.dim() else weight.view(1)
@@ -107,5 +124,6 @@ def _operands(weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def _noise(weight: Tensor, key: Tensor) -> Tensor:
     """z of the weight's shape, from the implementation that perturbs the weight."""
     wide = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    ops.perturb_(*_operands(wide, 1.0), key)
+    if wide.numel():
+        ops.perturb_(*_operands(wide, 1.0), key)
     return wide

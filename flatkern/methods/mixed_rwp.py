@@ -1,7 +1,7 @@
 """m-RWP: a mix of the noisy and the clean gradient."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,15 +12,17 @@ from flatkern.methods.base import LossFn
 from flatkern.noise import Fisher
 from flatkern.ops import _check
 
-SPLITS = ("halves", "last")
+SPLITS = ("halves", "last", "ranks")
 
 
 class MixedRWP(Windowed):
     """g = lam grad L(w + e; noisy batches) + (1 - lam) grad L(w; clean batches).
 
     The clean pass comes first; batch norms do not count the noisy one. lam = 0 is plain training,
-    1 is RWP on the noisy batches. strategy "fisher" is mARWP, see `ARWP`; scopes "lora", "full"
-    and "origin" are RWP-LoRA's. Source: Li et al., "Revisiting random weight perturbation", 2024.
+    1 is RWP on the noisy batches. Under DDP a rank runs what is its own of either pass, and the
+    ranks average the gradients themselves: communication hooks do not see them. strategy "fisher"
+    is mARWP, see `ARWP`; scopes "lora", "full" and "origin" are RWP-LoRA's. Source: Li et al.,
+    "Revisiting random weight perturbation", 2024.
     """
 
     def __init__(
@@ -44,7 +46,12 @@ class MixedRWP(Windowed):
             sigma, strategy, scope: see `flatkern.WeightNoise`.
             lam: weight of the noisy gradient, in [0, 1].
             split: which micro-batches are which. "halves": the first half clean, the second
-                noisy, an odd one in the middle both. "last" (RWP-LoRA): all clean, the last noisy.
+                noisy, an odd one in the middle both. Of P ranks under DDP, rank r has the
+                micro-batches k P + r: what one process has that takes the ranks' k-th ones one
+                after the other. Ranks that share weights (FSDP2) halve their own.
+                "last" (RWP-LoRA): all clean, the last noisy, on every rank.
+                "ranks": those of ranks 0, 2, ... clean, of 1, 3, ... noisy; either gradient is the
+                mean over its ranks, however many. DDP alone.
             eta, beta: of `flatkern.Fisher`, for strategy "fisher".
             options: schedule, mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
@@ -71,14 +78,53 @@ class MixedRWP(Windowed):
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """The mixed gradient; the loss is mixed alike."""
-        count = len(batches)
-        clean, noisy = batches[: (count + 1) // 2], batches[count // 2 :]
-        if self.split == "last":
-            clean, noisy = batches, batches[-1:]
+        clean, noisy = self._passes(batches)
+        apart = self.ranks.size > 1 and self.ranks.whole
         loss = 0.0
         if self.lam < 1:
-            loss += (1 - self.lam) * self.mean_gradient(loss_fn, clean, 1 - self.lam)
+            weight = 1 - self.lam
+            total = self.own_gradient(loss_fn, clean.batches, weight * clean.share, apart)
+            if apart:
+                self.ranks.average_gradients(list(self.trainable().values()))
+            loss += weight * self.mean_number(total * clean.share, max(len(clean.batches), 1))
         if self.lam > 0:
             with still_statistics(self.model):
-                loss += self.lam * self.noisy_gradient(loss_fn, noisy, self.lam)
+                loss += self.lam * self._noisy(loss_fn, noisy, apart)
         return loss
+
+    def _noisy(self, loss_fn: LossFn, noisy: "_Pass", apart: bool) -> float:
+        return self.noisy_gradient(loss_fn, noisy.batches, self.lam, noisy.share, apart)
+
+    def _passes(self, batches: Sequence[Any]) -> tuple["_Pass", "_Pass"]:
+        """This rank's clean and noisy batches."""
+        ranks, count = self.ranks, len(batches)
+        if self.split == "last":
+            return _Pass(batches, 1.0), _Pass(batches[-1:], 1.0)
+        alone = ranks.size == 1 or not ranks.whole
+        if self.split == "ranks":
+            if alone:
+                accepted = "'halves' or 'last' without several ranks under DDP"
+                _check.refuse("MixedRWP", "split", accepted, self.split)
+            parts = (ranks.size + 1) // 2, ranks.size // 2
+            own = [batches, []] if ranks.rank % 2 == 0 else [[], batches]
+            return tuple(_Pass(b, ranks.size / n) for b, n in zip(own, parts, strict=True))
+        size, rank = (1, 0) if alone else (ranks.size, ranks.rank)
+        if not alone:
+            device = next(iter(self.trainable().values())).device
+            largest = ranks.largest(torch.tensor([count, -count], device=device)).tolist()
+            if largest != [count, -count]:
+                accepted = "as many on every rank"
+                _check.refuse("MixedRWP", "batches", accepted, [-largest[1], largest[0]])
+        every = count * size
+        half = (every + 1) // 2
+        places = [k * size + rank for k in range(count)]
+        clean = [b for b, place in zip(batches, places, strict=True) if place < half]
+        noisy = [b for b, place in zip(batches, places, strict=True) if place >= every - half]
+        return tuple(_Pass(own, size * len(own) / half) for own in (clean, noisy))
+
+
+class _Pass(NamedTuple):
+    """A rank's batches of a pass, and what their mean counts in the mean of all ranks."""
+
+    batches: Sequence[Any]
+    share: float

@@ -37,22 +37,25 @@ class SAM(Ascent):
         """Choose what is perturbed.
 
         Args:
-            model, optimizer, options: see `Method`.
+            model, optimizer: see `Method`.
             rho: radius, finite and at least 0.
             scope: "trainable" parameters, of which a copy is kept; or "merged" weights of
-                LoRALinear layers. These are not written: in the second pass x e^T is added to the
-                layers' outputs. Kept for it, from tokens x (m + n) numbers a layer up to m x n.
+                LoRALinear and of PEFT's linear layers. These are not written: in the second pass
+                x e^T is added to the layers' outputs. Kept for it, from tokens x (m + n) numbers a
+                layer up to m x n; with several ranks m x n.
             norm: "joint", one ball for all tensors, or "per_tensor", one for each.
-            last_only: take the second gradient from the last micro-batch alone.
+            last_only: take the second gradient from the last micro-batch alone, of each rank.
+            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or "merged"
-                without LoRALinear layers.
+                without such layers.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
         _check.one_of(type(self).__name__, SCOPES, scope=scope)
         self.scope = scope
-        self._layers = list(lora_layers(self).values()) if scope == "merged" else []
+        layers = lora_layers(self, "linear") if scope == "merged" else []
+        self._modules = [layer.module for layer in layers]
 
     @contextlib.contextmanager
     def ascended(self, loss_fn: LossFn, batches: Sequence[Any]) -> Iterator[None]:
@@ -61,9 +64,11 @@ class SAM(Ascent):
             with super().ascended(loss_fn, batches):
                 yield
             return
-        gradients = {layer: WeightGradient(layer) for layer in self._layers}
+        gradients = {module: WeightGradient(module) for module in self._modules}
         with recording(gradients):
             self.mean_gradient(loss_fn, batches)
+        for gradient in gradients.values():
+            gradient.average(self.ranks)
         factors = self.factors([gradient.norm() for gradient in gradients.values()])
-        with adding(dict(zip(gradients.values(), factors, strict=True))):
+        with adding({m: (gradients[m], f) for m, f in zip(gradients, factors, strict=True)}):
             yield

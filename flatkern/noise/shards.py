@@ -249,7 +249,12 @@ def reshard(model: nn.Module) -> None:
         if not isinstance(part, module.FSDPModule):
             continue
         # reshard() leaves gathered what an exception interrupted in its forward.
-        state = part._get_fsdp_state()
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is not None:
-                group._to_sharded()
+        for group in fsdp_groups(part):
+            group._to_sharded()
+
+
+def fsdp_groups(part: Any) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers together for a module of its own."""
+    state = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]

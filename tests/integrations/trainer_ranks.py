@@ -4,7 +4,6 @@ import os
 import traceback
 from functools import partial
 
-import pytest
 import torch
 import torch.distributed as dist
 from tiny import adapted, bits, same_bits
@@ -45,38 +44,48 @@ def check_the_callback(folder):
 
 
 def check_sam(folder):
-    sam = partial(methods.SAM, rho=0.5)
+    check_method(folder, partial(methods.SAM, rho=0.5))
+
+
+def check_mezo(folder):
+    check_method(folder, partial(methods.MeZO, mu=1e-2), rtol=1e-3)
+
+
+def check_the_draws_of_lpf_sgd(folder):
+    # A micro-batch of either rank has a draw of its own.
+    check_method(folder, partial(methods.LPFSGD, sigma=1e-2), in_turn=True)
+
+
+def check_method(folder, method, rtol=1e-4, in_turn=False):
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     model, twin = adapted(), adapted()
     trainer = trainer_of(
-        folder, model, kind=partial(MethodTrainer, method=sam), ddp_backend="gloo", **options
+        folder, model, kind=partial(MethodTrainer, method=method), ddp_backend="gloo", **options
     )
     order = batches_of(trainer)
     trainer.train()
-    # One process by hand: a micro-batch is what the ranks have of it together.
+    # One process by hand: a micro-batch is what the ranks have of it together, or one by one.
     pairs = list(zip(*of_all_ranks(order), strict=True))
-    by_hand = sam(twin, torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1e-2))
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    by_hand = method(twin, torch.optim.SGD(trained, lr=1e-2))
     for _ in range(2):
         for size in (3, 1):
             group, pairs = pairs[:size], pairs[size:]
-            by_hand.step(lambda pair: sum(twin(**batch).loss for batch in pair) / WORLD, group)
+            if in_turn:
+                group = [(batch,) for pair in group for batch in pair]
+            by_hand.step(lambda own: sum(twin(**batch).loss for batch in own) / len(own), group)
     assert not pairs
     moved = 0.0
     start = bits(adapted())
     for name, value in bits(twin).items():
-        torch.testing.assert_close(bits(model)[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(bits(model)[name], value, rtol=rtol, atol=1e-6)
         moved = max(moved, (value - start[name]).abs().max().item())
     assert moved > 1e-4
     assert all(same_bits(bits(model), other) for other in of_all_ranks(bits(model)))
 
 
-def check_mezo_is_refused(folder):
-    kind = partial(MethodTrainer, method=methods.MeZO)
-    with pytest.raises(ValueError, match="MeZO"):
-        trainer_of(folder, adapted(), kind=kind, ddp_backend="gloo").train()
-
-
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+del CHECKS["check_method"]
 
 
 def run_rank(rank, folder, port):

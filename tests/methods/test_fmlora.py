@@ -218,7 +218,7 @@ def test_state_is_checked():
     ):
         with pytest.raises(error, match="mean"):
             method.load_state_dict({"mean": mean})
-    assert method.state_dict() == {"mean": {}}
+    assert method.state_dict() == {"mean": {}, "seed": 0, "step": 0}
 
 
 def test_a_model_whose_adapters_are_not_both_trained():
