@@ -128,7 +128,7 @@ def test_what_is_no_whole_weight_is_refused_by_name(spoil, scope):
 
 
 def test_lazy_parameters_are_refused_and_empty_ones_harmless():
-    with pytest.raises(ValueError, match="weight must be held whole.*one forward"):
+    with pytest.raises(ValueError, match=r"weight must be held whole.*one forward"):
         flatkern.WeightNoise(nn.LazyLinear(3), scope="trainable")
     model = Weight(0, 4)
     with flatkern.WeightNoise(model, scope="trainable").window():
