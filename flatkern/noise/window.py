@@ -109,8 +109,8 @@ class WeightNoise:
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or value, a model with nothing to
-                perturb, or a tensor that stands for a weight held elsewhere (FSDP version 1, ZeRO-3,
-                offloaded, lazy).
+                perturb, or a tensor that stands for a weight held elsewhere (FSDP version 1,
+                ZeRO-3, offloaded, lazy).
 
         Warns:
             UserWarning: weights in scope that take no noise (complex, quantised), by name.
