@@ -6,6 +6,7 @@ layer of theirs exists only where they are imported already.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,15 @@ class Quantized:
 
     def release(self) -> None:
         """Undo `hold`."""
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the present weight back after PEFT has merged: into a new one, in any format."""
+        base, weight = self.base, self.base.weight
+
+        def put_back() -> None:
+            base.weight = weight
+
+        return put_back
 
 
 class _TorchAO(Quantized):
@@ -163,6 +173,15 @@ class _Bnb8bit(Quantized):
         if self.base.weight.dtype != torch.int8 or self._scales() is None:
             return "bitsandbytes' Linear8bitLt that is not quantised yet"
         return None
+
+    def keep(self) -> Callable[[], None]:
+        put_back_weight, state, kept = super().keep(), self.base.state, vars(self.base.state).copy()
+
+        def put_back() -> None:
+            put_back_weight()
+            vars(state).update(kept)
+
+        return put_back
 
     def _scales(self) -> Tensor | None:
         # The first forward moves them.

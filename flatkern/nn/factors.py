@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or wider, where a product is rounded by less than a row norm is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def nora_factors(
     lora_A: Tensor, lora_B: Tensor, nora_A: Tensor, nora_B: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -30,4 +35,4 @@ def adalora_factors(
         ranknum: r as PEFT keeps it.
     """
     alpha = lora_alpha if lora_alpha > 0 else ranknum
-    return lora_A * lora_E, lora_B, float(alpha) / (float(ranknum) + 1e-5)
+    return wide(lora_A) * wide(lora_E), lora_B, float(alpha) / (float(ranknum) + 1e-5)
