@@ -47,12 +47,14 @@ class TrainingForwards:
         self._noise = noise
         self._without_grad, self._in_eval, self._look = without_grad, in_eval, look
         self._undo: list[Callable[[], None]] = []
+        self._models: list[nn.Module] = []
         self._off = False
         # By thread, because DataParallel runs its replicas in several.
         self._entered = threading.local()
 
     def add(self, model: nn.Module) -> None:
         """Hook the model and its parts, down to lists of blocks, as which nobody calls it."""
+        self._models.append(model)
         for module in _entrances(model):
             before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
             after = module.register_forward_hook(self._after, always_call=True)
@@ -70,6 +72,7 @@ class TrainingForwards:
         self.leave()
         while self._undo:
             self._undo.pop()()
+        self._models.clear()
 
     def leave(self) -> None:
         """Forget the forwards that an interrupt ended."""
@@ -104,7 +107,7 @@ class TrainingForwards:
             pause.enter_context(noise.paused())
         elif not torch.is_grad_enabled():
             if not self._without_grad and not _in_checkpoint():
-                pause.enter_context(_same_versions(module))
+                pause.enter_context(_same_versions(self._models))
                 pause.enter_context(noise.paused())
         elif outermost and self._look is not None:
             self._look(module, args, kwargs)
@@ -166,13 +169,14 @@ def _in_checkpoint() -> bool:
 
 
 @contextlib.contextmanager
-def _same_versions(model: nn.Module) -> Iterator[None]:
+def _same_versions(models: list[nn.Module]) -> Iterator[None]:
     """What is written meanwhile gets its bits back: graphs that exist already remain valid.
 
     A pause of a window in place would otherwise invalidate the policy's graph for a reference that
     is computed after it. No graph is made in the meantime: gradients are off.
     """
-    tensors = [p for p in model.parameters() if not p.is_inference()]
+    found = dict.fromkeys(p for model in models for p in model.parameters())
+    tensors = [p for p in found if not p.is_inference()]
     before = [p._version for p in tensors]
     try:
         yield
