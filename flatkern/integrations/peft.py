@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn

@@ -55,7 +55,7 @@ class Quantized:
         """Undo `hold`."""
 
     def keep(self) -> Callable[[], None]:
-        """What puts the present weight back after PEFT has merged: into a new one, in any format."""
+        """What puts the present weight back: PEFT merges into a new one, whatever the format."""
         base, weight = self.base, self.base.weight
 
         def put_back() -> None:

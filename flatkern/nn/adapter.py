@@ -1,13 +1,12 @@
 """Save and load adapters in PEFT's format."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,15 @@ from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.names import named_modules
 from flatkern.nn.nora import NoRALinear
 from flatkern.nn.replace import find_lora_layers, swap
-from flatkern.nn.saved import find_saved, load_state, mark, read_saved, state_of
+from flatkern.nn.saved import (
+    PREFIX,
+    find_saved,
+    mark,
+    read_saved,
+    state_of,
+    unwrapped,
+    written,
+)
 from flatkern.ops import _check
 
 CONFIG_FILE = "adapter_config.json"
@@ -32,9 +39,6 @@ _PARTS = {
     "lora_B": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
 }
-# In front of every name, as PEFT wraps a model; and what wrappers of a module call it.
-_PREFIX = "base_model.model."
-_WRAPPER_PARTS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
 # Settings of PEFT under which the layer computes something else than our layers.
 _UNSUPPORTED = (
@@ -99,7 +103,7 @@ def save_adapter(
     for name, module in saved.items():
         tensors |= {f"{name}.{key}": _gathered(v) for key, v in state_of(module).items()}
     # Copied, because safetensors refuses the shared storage of a layer used twice.
-    tensors = {f"{_PREFIX}{key}": v.detach().cpu().clone() for key, v in tensors.items()}
+    tensors = {f"{PREFIX}{key}": v.detach().cpu().clone() for key, v in tensors.items()}
     if lost:
         warnings.warn(
             f"save_adapter: trainable but not saved: {', '.join(lost[:8])}"
@@ -196,10 +200,11 @@ def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Load an adapter that `save_adapter` or PEFT's `save_pretrained` wrote.
 
-    A plain model gets `LoRALinear` or `DoRALinear` layers as by `replace_linear` (the rest is
-    frozen, but for the file's `modules_to_save`, which are read as well); an adapter that PEFT trained from "pissa" gets its base from the SVD again, as in
-    PEFT. A model that has layers keeps them: they must be the saved ones, of the same kind, sizes
-    and scaling, over the original weights.
+    A plain model gets `LoRALinear` or `DoRALinear` layers as by `replace_linear`, and the rest is
+    frozen but for the file's `modules_to_save`, which are read as well; an adapter that PEFT
+    trained from "pissa" gets its base from the SVD again, as in PEFT. A model that has layers
+    keeps them: they must be the saved ones, of the same kind, sizes and scaling, over the original
+    weights.
 
     Args:
         model: changed in place; on an error it is as it was.
@@ -224,7 +229,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     config = json.loads((Path(folder) / CONFIG_FILE).read_text())
     kind = DoRALinear if config.get("use_dora") else LoRALinear
     modules = dict(named_modules(model, remove_duplicate=False))
-    tensors = _unwrapped(load_file(Path(folder) / WEIGHTS_FILE), modules)
+    tensors = unwrapped("load_adapter", load_file(Path(folder) / WEIGHTS_FILE), modules)
     saved = _read_saved(model, config, tensors)
     adapters = _read_adapters(tensors, kind)
     options = {
@@ -241,7 +246,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         if not present:
             check_linear(module, name)
         _check_shapes(name, module, adapters[name])
-    with _written(modules, saved):
+    with written(modules, saved):
         if not present:
             kept = [modules[name] for name in saved]
             swap(model, targets, lambda name, old: kind.from_linear(old, **options[name]), kept)
@@ -254,38 +259,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     return list(targets)
 
 
-@contextlib.contextmanager
-def _written(modules: dict[str, nn.Module], saved: dict[str, dict[str, Tensor]]) -> Iterator[None]:
-    """The saved modules' tensors are in the model; after an exception what was there before."""
-    before = {name: {k: v.clone() for k, v in state_of(modules[name]).items()} for name in saved}
-    try:
-        for name, state in saved.items():
-            load_state(modules[name], state)
-        yield
-    except BaseException:
-        for name, state in before.items():
-            load_state(modules[name], state)
-        raise
-
-
-def _unwrapped(tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The file's tensors; names of wrappers, which older versions wrote, are left out.
-
-    Only where the model has no module of the whole name. ValueError if two become one.
-    """
-    read: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        path: list[str] = []
-        for part in key.removeprefix(_PREFIX).split("."):
-            if part not in _WRAPPER_PARTS or ".".join([*path, part]) in modules:
-                path.append(part)
-        new = _PREFIX + ".".join(path) if key.startswith(_PREFIX) else key
-        if new in read:
-            raise ValueError(f"load_adapter: {WEIGHTS_FILE} must hold {new} once, got {key} as well")
-        read[new] = value
-    return read
-
-
 def _read_saved(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
@@ -293,8 +266,8 @@ def _read_saved(
     names = config.get("modules_to_save")
     if not names:
         return {}
-    keys = [key for key in tensors if key.startswith(_PREFIX) and not _KEY.fullmatch(key)]
-    own = {key.removeprefix(_PREFIX): tensors.pop(key) for key in keys}
+    keys = [key for key in tensors if key.startswith(PREFIX) and not _KEY.fullmatch(key)]
+    own = {key.removeprefix(PREFIX): tensors.pop(key) for key in keys}
     return read_saved("load_adapter", model, names, own)
 
 
@@ -318,7 +291,7 @@ def _read_adapters(
     for name in names:
         adapters[name] = {}
         for part, word in parts.items():
-            key = f"{_PREFIX}{name}.{word}"
+            key = f"{PREFIX}{name}.{word}"
             if key not in tensors:
                 raise ValueError(f"load_adapter: {WEIGHTS_FILE} must hold {key}, not found")
             dim = 1 if part == "lora_magnitude" else 2

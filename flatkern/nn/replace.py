@@ -109,7 +109,9 @@ def _refuse_peft(model: nn.Module) -> None:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:
         return
-    found = [name for name, part in model.named_modules() if isinstance(part, tuners.BaseTunerLayer)]
+    found = [
+        name for name, part in model.named_modules() if isinstance(part, tuners.BaseTunerLayer)
+    ]
     if found:
         raise TypeError(
             f"{_OP}: model must be without PEFT's layers, got {', '.join(found[:_NAMES_SHOWN])}; "
@@ -179,9 +181,7 @@ def swap(
     _leave_fast_paths(model)
 
 
-def _places(
-    model: nn.Module, targets: dict[str, nn.Module]
-) -> dict[str, tuple[nn.Module, str]]:
+def _places(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
     """The module that holds each target, a wrapper perhaps, and under which name.
 
     Raises:

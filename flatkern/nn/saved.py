@@ -1,6 +1,7 @@
 """Modules that are trained whole beside the adapters, and saved with them: heads, mostly."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ _MARK = "_flatkern_saved"
 # layer is called elsewhere. As `peft.utils.constants.SEQ_CLS_HEAD_NAMES` and PEFT's task classes.
 _TASKS = ("Classification", "QuestionAnswering", "MultipleChoice")
 _HEADS = ("classifier", "score", "qa_outputs")
+# In front of every name in a file, as PEFT wraps a model; and what wrappers of a module call it.
+PREFIX = "base_model.model."
+_WRAPPER_PARTS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def output_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -195,6 +199,40 @@ def read_saved(
         read[full] = given
     for name in left:
         raise ValueError(
-            f"{op}: the file must hold adapters and the modules of modules_to_save alone, got {name}"
+            f"{op}: the file must hold adapters and modules of modules_to_save alone, got {name}"
         )
+    return read
+
+
+@contextlib.contextmanager
+def written(modules: dict[str, nn.Module], saved: dict[str, dict[str, Tensor]]) -> Iterator[None]:
+    """The saved modules' tensors are in the model; after an exception what was there before."""
+    before = {name: {k: v.clone() for k, v in state_of(modules[name]).items()} for name in saved}
+    try:
+        for name, state in saved.items():
+            load_state(modules[name], state)
+        yield
+    except BaseException:
+        for name, state in before.items():
+            load_state(modules[name], state)
+        raise
+
+
+def unwrapped(
+    op: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
+) -> dict[str, Tensor]:
+    """The file's tensors; names of wrappers, which older versions wrote, are left out.
+
+    Only where the model has no module of the whole name. ValueError if two become one.
+    """
+    read: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        path: list[str] = []
+        for part in key.removeprefix(PREFIX).split("."):
+            if part not in _WRAPPER_PARTS or ".".join([*path, part]) in modules:
+                path.append(part)
+        new = PREFIX + ".".join(path) if key.startswith(PREFIX) else key
+        if new in read:
+            raise ValueError(f"{op}: the file must hold {new} once, got {key} as well")
+        read[new] = value
     return read

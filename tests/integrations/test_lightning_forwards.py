@@ -92,9 +92,7 @@ def test_compiled_modules_log_the_same_figures(tmp_path, backend):
         return logged
 
     plain = figures(tmp_path / "plain", lambda model: model)
-    compiled = figures(
-        tmp_path / "compiled", lambda model: torch.compile(model, backend=backend)
-    )
+    compiled = figures(tmp_path / "compiled", lambda model: torch.compile(model, backend=backend))
     assert len(plain) == len(compiled) == 2
     for one, other in zip(plain, compiled, strict=True):
         assert one["noise_loss_rise"] != 0

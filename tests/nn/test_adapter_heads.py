@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import flatkern
-from flatkern.nn import LoRALinear, load_adapter, replace_linear, save_adapter
+from flatkern.nn import load_adapter, replace_linear, save_adapter
 
 BERT = BertConfig(
     vocab_size=64,
@@ -125,7 +125,9 @@ def test_all_linear_trains_and_saves_the_head(kind, config, heads, tmp_path):
     assert not any(name.split(".")[0] in heads for name in names)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert trainable == {
-        f"{head}.{name}" for head in heads for name, _ in model.get_submodule(head).named_parameters()
+        f"{head}.{name}"
+        for head in heads
+        for name, _ in model.get_submodule(head).named_parameters()
     }
     shake(model)
     # Also where somebody froze everything before saving.
