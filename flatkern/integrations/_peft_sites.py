@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flatkern.integrations import quantized
 from flatkern.nn.factors import adalora_factors, wide
-from flatkern.nn.sites import ATTRIBUTE, noisy_product
+from flatkern.nn.sites import ATTRIBUTE, CLOSE_FIRST, noisy_product
 from flatkern.noise import shards
 from flatkern.ops import _check
 
@@ -286,7 +286,7 @@ class PeftSite(Bystander):
         window = self._window
         if window is not None and (window.noisy or window.perturbed):
             raise RuntimeError(
-                f"peft: {action} inside a noise window; use paused(), or close the window first"
+                f"peft: {action} inside a noise window; use paused(), or {CLOSE_FIRST}"
             )
 
     def _update_layer(self, *args: Any, **kwargs: Any) -> None:
@@ -322,7 +322,7 @@ class PeftSite(Bystander):
     def require_clean(self, action: str) -> None:
         """RuntimeError while a window is open."""
         if self._window is not None:
-            raise RuntimeError(f"peft: {action} inside a noise window; close the window first")
+            raise RuntimeError(f"peft: {action} inside a noise window; {CLOSE_FIRST}")
 
     def detach(self) -> None:
         """Leave the layer as it was."""

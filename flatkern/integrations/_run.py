@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from flatkern.ops import _check
 from flatkern.ops._keywords import known_keywords
 
 _SCHEDULES = {"cosine_ramp": cosine_ramp, "linear_ramp": linear_ramp, "lpf": lpf}
+
+# The run under way on each model, whose callback may be out of reach after an interrupt.
+_RUNS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
 
 
 class NoisyRun:
@@ -84,6 +88,7 @@ class NoisyRun:
         self._measure = self._measures if measure is None else measure
         self._options = options
         self._noise: WeightNoise | None = None
+        self._model: nn.Module | None = None
         self._cleanup = contextlib.ExitStack()
         self._without_grad = noise_without_grad
         self._forwards: TrainingForwards | None = None
@@ -104,6 +109,7 @@ class NoisyRun:
             self._noise.close()
             self._noise = None
         self._cleanup.close()
+        self._model = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward that is trained through."""
@@ -111,6 +117,10 @@ class NoisyRun:
     def _begin(self, model: nn.Module, max_steps: float) -> None:
         """Find the weights; what an earlier training left behind is taken away first."""
         self.finish()
+        earlier = _RUNS.pop(model, lambda: None)()
+        if earlier is not None and earlier._model is model:
+            earlier.finish()
+        self._model, _RUNS[model] = model, weakref.ref(self)
         self._sigma_t = self._rise = None
         options = self._options | {"schedule": self._over(max_steps)}
         if _has_peft_layers(model):
@@ -148,7 +158,12 @@ class NoisyRun:
 
     def _figures(self) -> dict[str, float]:
         """What the log says of the last window; waits for the device."""
-        figures = {"noise_sigma": self._sigma_t, "noise_loss_rise": self._rise}
+        figures: dict[str, Any] = {"noise_sigma": self._sigma_t, "noise_loss_rise": self._rise}
+        silent = 0 if self._noise is None else len(self._noise.silent)
+        if silent:
+            # No noise where no layer was called.
+            figures = figures if silent < len(self._noise.names) else {}
+            figures["noise_silent_layers"] = silent
         return {name: float(value) for name, value in figures.items() if value is not None}
 
 

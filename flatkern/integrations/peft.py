@@ -8,6 +8,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from flatkern.integrations._peft_sites import Bystander, PeftSite, why_not
+from flatkern.nn.names import named_modules
 from flatkern.nn.sites import ATTRIBUTE
 from flatkern.noise import Fisher, WeightNoise
 from flatkern.noise.schedules import Schedule
@@ -70,13 +71,13 @@ def attach(
     _check.kinds("peft.attach", nn.Module, model=model)
     if _sites(model):
         raise RuntimeError("peft.attach: model is attached already; call detach(model) first")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, BaseTunerLayer)}
     skipped = {name: reason for name, m in layers.items() if (reason := why_not(m)) is not None}
     if len(skipped) == len(layers):
         found = f"none that can ({_listed(skipped)})" if skipped else "no PEFT layers"
         raise ValueError(f"peft.attach: model must have LoRA layers over nn.Linear, got {found}")
     try:
-        for name, module in list(model.named_modules()):
+        for name, module in list(named_modules(model)):
             if name in layers and name not in skipped:
                 PeftSite(module)
             elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -150,7 +151,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 def _fused(model: nn.Module) -> Iterator[str]:
     """Modules above attached layers that are known to compute without calling them."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         forward = module.__dict__.get("forward")
         package = getattr(forward, "__module__", None) or ""
         patched = any(hasattr(module, attribute) for attribute in _FUSED_ATTRIBUTES)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern.nn.sites import mark_called
 from flatkern.ops.noisy_linear import autocast_dtype
 
 # Elements that are dequantised at a time where a library's own temporaries are larger than the
@@ -231,6 +232,7 @@ def noisy_product(window: Any, x: Tensor, weight: Quantized) -> Tensor:
 
     In the layer's own compute dtype, returned in x's; without one, as nn.Linear under autocast.
     """
+    mark_called(window)
     dtype = weight.compute_dtype
     if dtype is None:
         dtype = autocast_dtype(x) or x.dtype

@@ -47,7 +47,6 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
     """
 
     _joined: Trainer | None = None
-    _model: nn.Module | None = None
     _due = False
 
     def add_to(self, trainer: Trainer) -> None:
@@ -109,7 +108,6 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
         if trainer is not None:
             self._join(trainer)
         self._due = False
-        self._model = model
         self._begin(model, state.max_steps)
         # Around a compiled region, where the hooks inside it do nothing.
         wrapped = model if trainer is None else trainer.model_wrapped
@@ -157,11 +155,6 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
-
-    def finish(self) -> None:
-        """Close the window and take everything off the model; harmless at any time."""
-        super().finish()
-        self._model = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure at a step that will be logged, before its first forward."""

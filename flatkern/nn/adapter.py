@@ -137,7 +137,8 @@ def _parts(layer: LoRALinear) -> dict[str, Tensor]:
     parts = {part: state[part] for part in _PARTS if part in state}
     if isinstance(layer, NoRALinear):
         own = {name: state[name] for name in layer.adapters()}
-        parts["lora_A"], parts["lora_B"] = nora_factors(**own)
+        dtype = own["lora_A"].dtype
+        parts["lora_A"], parts["lora_B"] = (part.to(dtype) for part in nora_factors(**own))
     if "offset_A" in state:
         parts["lora_A"] = torch.cat([parts["lora_A"], state["offset_A"]])
         parts["lora_B"] = torch.cat([parts["lora_B"], -state["offset_B"]], dim=1)

@@ -109,9 +109,7 @@ def _refuse_peft(model: nn.Module) -> None:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:
         return
-    found = [
-        name for name, part in model.named_modules() if isinstance(part, tuners.BaseTunerLayer)
-    ]
+    found = [name for name, part in named_modules(model) if isinstance(part, tuners.BaseTunerLayer)]
     if found:
         raise TypeError(
             f"{_OP}: model must be without PEFT's layers, got {', '.join(found[:_NAMES_SHOWN])}; "

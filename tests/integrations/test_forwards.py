@@ -32,7 +32,7 @@ def with_reference():
 
 
 def of_reference(model):
-    """The loss of the other adapter, as TRL computes a reference's, and the seeds it leaves alone."""
+    """The loss of the other adapter, as TRL computes a reference's."""
     model.set_adapter("ref")
     with torch.no_grad():
         loss = model(**tokens()).loss

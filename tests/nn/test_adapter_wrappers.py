@@ -71,7 +71,7 @@ def adapted():
     model = Net()
     replace_linear(model, ["q_proj", "v_proj"], r=2, modules_to_save=["head"])
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             if value.requires_grad:
                 value.normal_(std=0.5)
     return model
