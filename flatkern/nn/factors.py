@@ -12,7 +12,7 @@ def wide(tensor: Tensor) -> Tensor:
 def nora_factors(
     lora_A: Tensor, lora_B: Tensor, nora_A: Tensor, nora_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A' A [r', n] and B B' [m, r'], float32 or wider, of the outer [r, n], [m, r] and inner [r', r], [r, r']."""
+    """A' A [r', n] and B B' [m, r'] from the outer [r, n], [m, r], inner [r', r], [r, r'], wide."""
     # Small products, wide: the noise's row scale must not depend on autocast or on 16 bits.
     with torch.autocast(lora_A.device.type, enabled=False):
         return wide(nora_A) @ wide(lora_A), wide(lora_B) @ wide(nora_B)

@@ -27,5 +27,5 @@ def test_a_loader_is_read_as_it_is_needed():
     [(3, 2, TypeError), ([], "2", TypeError), ([], True, TypeError), ([], 0, ValueError)],
 )
 def test_wrong_arguments(loader, count, error):
-    with pytest.raises(error, match="micro_batches: (loader|count) must be"):
+    with pytest.raises(error, match=r"micro_batches: (loader|count) must be"):
         micro_batches(loader, count)
