@@ -47,7 +47,9 @@ def _why_no_linear(base: nn.Module) -> str | None:
     weight = base.weight
     if not _is_plain(weight):
         local = weight.to_local() if shards.is_sharded(weight) else weight
-        return f"base weight of type {type(local).__name__} and dtype {weight.dtype}"
+        if is_traceable_wrapper_subclass(local):
+            return f"base weight of type {type(local).__name__}"
+        return f"base weight of dtype {weight.dtype}"
     if hasattr(base, "_hf_tp_plan") and not shards.is_sharded(weight):
         return "base weight that is a part of a larger one, and no DTensor"
     return None
