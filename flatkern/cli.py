@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="fine-tune a pretrained transformer on real sentences, with and without noise",
         description="Fine-tunes the top layers of MiniLM on 256 film-review sentences by LoRA, "
-        "Flat-LoRA and LoRA with dropout, with 30 %% flipped and with clean labels. Prints one "
+        "Flat-LoRA and LoRA with dropout, with 30 % flipped and with clean labels. Prints one "
         "table; writes it with two pictures and a JSON record.",
     )
     length = demo.add_mutually_exclusive_group()
@@ -85,7 +86,10 @@ def _device(text: str) -> torch.device:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    _print_tree(flatkern.build_info())
+    info = flatkern.build_info()
+    # As a sentence, because the device and the backend for it have the same name on a CPU.
+    info["auto"] = {f"on {kind} tensors": f"runs {name}" for kind, name in info["auto"].items()}
+    _print_tree(info)
     return 0
 
 
@@ -106,6 +110,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _fail("--methods does not go with --choose, which tunes the usual arms")
     if (advice := _missing_for_demo()) is not None:
         return _fail(advice)
+    # What transformers imports for itself registers enums in a way that torch warns of.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     # Imported here, so that the other commands work without the demo's extras.
     from flatkern.demo import DemoError, run
 

@@ -1,5 +1,7 @@
 """Methods of `flatkern.methods` as the optimizer step of transformers' Trainer."""
 
+import functools
+import inspect
 import os
 from collections.abc import Callable
 from types import MethodType
@@ -10,9 +12,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from flatkern.integrations._forwards import TrainingForwards
 from flatkern.methods._ranks import Ranks
 from flatkern.methods.base import Method
+from flatkern.noise import WeightNoise
 from flatkern.ops import _check
+from flatkern.ops._keywords import refuse_unknown
 
 _OP = "MethodTrainerMixin"
 _FILE = "method.pt"
@@ -35,23 +40,48 @@ class MethodTrainerMixin:
         method: the method of the training that is under way; None before.
     """
 
-    def __init__(self, *args: Any, method: Callable[..., Method], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        method: Callable[..., Method],
+        noise_without_grad: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Take a Trainer's arguments and a method.
 
         Args:
             args, kwargs: the Trainer's.
             method: a class of `flatkern.methods`, or a `functools.partial` of one; called as
                 `method(model, optimizer, scaler=...)` when training begins.
+            noise_without_grad: whether forwards without gradients, such as those of a reference
+                model, see the noise of the method's windows.
 
         Raises:
-            TypeError: `method` cannot be called.
+            TypeError: an argument of the wrong kind, or a keyword that the method does not have.
+            RuntimeError: one of `callbacks` is a FlatLoRACallback.
         """
         _check.kinds(_OP, Callable, method=method)
+        _check.kinds(_OP, bool, noise_without_grad=noise_without_grad)
+        if isinstance(method, functools.partial):
+            _refuse_misspelt(method)
+        self._forwards = TrainingForwards(
+            self._open_noise, without_grad=noise_without_grad, in_eval=True
+        )
         self._make_method = method
         self.method: Method | None = None
         self._in_eval = False
         self._wrapped: nn.Module | None = None
         super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; nothing is left on the model, whatever happens."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._forwards.remove()
+
+    def _open_noise(self) -> WeightNoise | None:
+        return getattr(self.method, "noise", None)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; the method comes first: the scheduler wraps the optimizer's step."""
@@ -77,6 +107,11 @@ class MethodTrainerMixin:
         if self._wrapped is not model:
             # The method has the model itself; that ranks train it is said by what is around it.
             self._wrapped, self.method.ranks = model, Ranks(model)
+        if not self._forwards.active:
+            self._forwards.add(self.model)
+            if model is not self.model:
+                self._forwards.add(model)
+        self._forwards.leave()
         # A method divides by the number of micro-batches, and the Trainer has done so.
         count = len(self._group)
         loss = self.method.gradient(
@@ -135,3 +170,18 @@ class MethodTrainerMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and os.path.isfile(path := os.path.join(checkpoint, _FILE)):
             self.method.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _refuse_misspelt(method: functools.partial) -> None:
+    """TypeError for a keyword that neither the class nor those it is made of have."""
+    kind = method.func
+    bases = kind.__mro__ if isinstance(kind, type) and issubclass(kind, Method) else ()
+    accepted = {
+        name: parameter
+        for base in bases
+        for name, parameter in inspect.signature(base.__init__).parameters.items()
+        if name not in ("self", "model", "optimizer")
+        and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }
+    if bases:
+        refuse_unknown(kind.__name__, accepted, method.keywords)

@@ -1,5 +1,6 @@
 """What stands between a PEFT layer and a noise window."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from flatkern.integrations import quantized
-from flatkern.nn import adalora_factors
-from flatkern.nn.sites import ATTRIBUTE, noisy_product
+from flatkern.nn.factors import adalora_factors, wide
+from flatkern.nn.sites import ATTRIBUTE, CLOSE_FIRST, noisy_product
 from flatkern.noise import shards
 from flatkern.ops import _check
 
@@ -44,14 +45,20 @@ def _why_no_linear(base: nn.Module) -> str | None:
     if type(base) is not nn.Linear:
         return f"base layer {type(base).__name__}"
     weight = base.weight
-    local = weight.to_local() if shards.is_sharded(weight) else weight
-    if is_traceable_wrapper_subclass(local):
-        return f"base weight of type {type(local).__name__}"
-    if weight.dtype not in _check.FLOAT_DTYPES:
+    if not _is_plain(weight):
+        local = weight.to_local() if shards.is_sharded(weight) else weight
+        if is_traceable_wrapper_subclass(local):
+            return f"base weight of type {type(local).__name__}"
         return f"base weight of dtype {weight.dtype}"
     if hasattr(base, "_hf_tp_plan") and not shards.is_sharded(weight):
         return "base weight that is a part of a larger one, and no DTensor"
     return None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it, or this rank's part of it, is floating-point elements and nothing else."""
+    local = weight.to_local() if shards.is_sharded(weight) else weight
+    return not is_traceable_wrapper_subclass(local) and weight.dtype in _check.FLOAT_DTYPES
 
 
 # Under which PEFT's modules have what they wrap.
@@ -110,12 +117,15 @@ class PeftSite(Bystander):
         # Of PEFT's forward only the base product has to know; DoRA's rows are whole where FSDP
         # gathers.
         self.takes_shards = self.quantized is None
+        # What undoes a `merge` in a pause to the bit.
+        self._put_back: Callable[[], None] | None = None
         # By adapter: ||V|| of the open window, and what was put on the DoRA module.
         self._norms: dict[str, Tensor] = {}
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         if self.quantized is not None:
             self.quantized.hold()
         base = layer.base_layer
+        self._kind = base, type(base.weight), base.weight.dtype
         # A forward of transformers' tensor parallelism, and the same around this one's.
         self._styled: Any = base.__dict__.get("forward")
         self._restyled: Any = None
@@ -166,8 +176,9 @@ class PeftSite(Bystander):
             device = self.weight.device
             zeros = torch.zeros((1, cols), device=device), torch.zeros((rows, 1), device=device)
             return *zeros, 1.0
+        # Wide, because s B rounded to 16 bits would be off by more than the norms are.
         lora_A = torch.cat([lora_A for lora_A, _, _ in parts])
-        return lora_A, torch.cat([lora_B * s for _, lora_B, s in parts], dim=1), 1.0
+        return lora_A, torch.cat([wide(lora_B) * s for _, lora_B, s in parts], dim=1), 1.0
 
     def _of_adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
         layer = self.layer
@@ -253,6 +264,7 @@ class PeftSite(Bystander):
         self.require_clean(action)
         if not self._attached:
             raise RuntimeError(f"peft: {action} after detach; attach again")
+        self._require_same_base(action)
         variants = getattr(self.layer, "lora_variant", {})
         active = [variants.get(name) for name in self._active()]
         for variant in filter(None, active):
@@ -261,12 +273,31 @@ class PeftSite(Bystander):
                 raise RuntimeError(f"peft: {action} with {what}; only a lone DoRA takes noise")
 
     def _merge(self, *args: Any, **kwargs: Any) -> None:
-        self.require_clean("merge")
-        type(self.layer).merge(self.layer, *args, **kwargs)
+        """PEFT's; in a pause of a window its `unmerge` will bring the exact bits back."""
+        self._require_hidden("merge")
+        if self._window is not None and not self.merged:
+            base, stored = self.layer.base_layer, self.quantized
+            self._put_back = _copied(base) if stored is None else stored.keep()
+        try:
+            type(self.layer).merge(self.layer, *args, **kwargs)
+        finally:
+            if not self.merged:
+                self._put_back = None
 
     def _unmerge(self) -> None:
-        self.require_clean("unmerge")
+        self._require_hidden("unmerge")
         type(self.layer).unmerge(self.layer)
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
+
+    def _require_hidden(self, action: str) -> None:
+        """RuntimeError where a window shows noise, or has it written in the weight."""
+        window = self._window
+        if window is not None and (window.noisy or window.perturbed):
+            raise RuntimeError(
+                f"peft: {action} inside a noise window; use paused(), or {CLOSE_FIRST}"
+            )
 
     def _update_layer(self, *args: Any, **kwargs: Any) -> None:
         """What adds an adapter, some starts of which read or write the weight."""
@@ -277,10 +308,31 @@ class PeftSite(Bystander):
             )
         type(self.layer).update_layer(self.layer, *args, **kwargs)
 
+    def _require_same_base(self, action: str) -> None:
+        """RuntimeError if the base layer, or how its weight is stored, is not what it was."""
+        base = self.layer.base_layer
+        kind = base, type(base.weight), base.weight.dtype
+        if kind == self._kind:
+            return
+        now = quantized.stored(base)
+        if base is not self._kind[0]:
+            found = f"another one, {type(base).__name__}"
+        elif type(now) is not type(self.quantized):
+            found = "stored as " + (str(base.weight.dtype) if now is None else now.format)
+        elif now is None and not _is_plain(base.weight):
+            found = f"a {type(base.weight).__name__} of {base.weight.dtype}"
+        else:
+            self._kind = kind
+            return
+        raise RuntimeError(
+            f"peft: {action}: the base layer was changed after attach, it is now {found}; "
+            "call detach(model) and attach(model) again"
+        )
+
     def require_clean(self, action: str) -> None:
         """RuntimeError while a window is open."""
         if self._window is not None:
-            raise RuntimeError(f"peft: {action} inside a noise window; close the window first")
+            raise RuntimeError(f"peft: {action} inside a noise window; {CLOSE_FIRST}")
 
     def detach(self) -> None:
         """Leave the layer as it was."""
@@ -300,6 +352,18 @@ class PeftSite(Bystander):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle has no part in an open window."""
         return self.__dict__ | {"_window": None}
+
+
+def _copied(base: nn.Linear) -> Callable[[], None]:
+    """What puts the present bits of weight and bias back."""
+    kept = [(part, part.detach().clone()) for part in (base.weight, base.bias) if part is not None]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for part, bits in kept:
+            part.copy_(bits)
+
+    return put_back
 
 
 class _CleanNorm:

@@ -3,18 +3,27 @@
 import contextlib
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatkern.integrations._forwards import TrainingForwards
 from flatkern.methods._contexts import still_statistics
-from flatkern.noise import WeightNoise, constant, cosine_ramp, linear_ramp, lpf
+from flatkern.noise import Fisher, NoiseKey, WeightNoise, constant, cosine_ramp, linear_ramp, lpf
 from flatkern.noise.schedules import Schedule
+from flatkern.noise.scopes import SCOPES
+from flatkern.noise.strategies import STRATEGIES
+from flatkern.noise.window import MODES, RANKS, RESTORES
 from flatkern.ops import _check
+from flatkern.ops._keywords import known_keywords
 
 _SCHEDULES = {"cosine_ramp": cosine_ramp, "linear_ramp": linear_ramp, "lpf": lpf}
+
+# The run under way on each model, whose callback may be out of reach after an interrupt.
+_RUNS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
 
 
 class NoisyRun:
@@ -24,39 +33,65 @@ class NoisyRun:
     and `finish` on any exit.
     """
 
+    _measures = True  # unless `measure` says otherwise
+    _in_eval = False  # whether a model in eval mode is trained with noise
+
+    @known_keywords("FlatLoRACallback")
     def __init__(
         self,
         sigma: float = 0.05,
         *,
+        strategy: str = "flat_lora",
+        scope: str = "merged",
+        mode: str = "virtual",
+        restore: str | None = None,
         schedule: str | Schedule = "cosine_ramp",
-        measure: bool = True,
-        **options: Any,
+        seed: int = 0,
+        ranks: str = "same",
+        fisher: Fisher | None = None,
+        measure: bool | None = None,
+        noise_without_grad: bool = False,
     ) -> None:
         """Nothing is changed before training begins.
 
         Args:
-            sigma: as in `flatkern.WeightNoise`.
+            sigma, strategy, scope, mode, restore, seed, ranks, fisher: as in
+                `flatkern.WeightNoise`.
             schedule: "constant", or over the run's optimizer steps: "cosine_ramp", "linear_ramp"
                 or "lpf"; or a function of the 0-based step.
-            measure: whether `noise_loss_rise` is measured and logged.
-            options: the other arguments of `flatkern.WeightNoise`: strategy, scope, mode, restore,
-                seed, ranks, fisher. They are checked when training begins.
+            measure: whether `noise_loss_rise` is measured and logged; None: as the class says.
+            noise_without_grad: whether forwards without gradients see the noise as well. False:
+                references, rollouts and old log-probabilities are those of the clean weights.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong kind or value.
+            TypeError, ValueError: an argument is of the wrong kind or value, or unknown.
         """
         self._op = type(self).__name__
         _check.kinds(self._op, (float, int), sigma=sigma)
         _check.finite(self._op, "sigma", sigma, minimum=0.0)
         if not callable(schedule):
             _check.one_of(self._op, ("constant", *_SCHEDULES), schedule=schedule)
-        _check.kinds(self._op, bool, measure=measure)
+        _check.kinds(self._op, bool, optional=True, measure=measure)
+        _check.kinds(self._op, bool, noise_without_grad=noise_without_grad)
+        options = {
+            "strategy": strategy,
+            "scope": scope,
+            "mode": mode,
+            "restore": restore,
+            "seed": seed,
+            "ranks": ranks,
+            "fisher": fisher,
+        }
+        _check_options(self._op, **options)
         self._sigma = sigma
         self._schedule = schedule
-        self._measure = measure
+        self._measure = self._measures if measure is None else measure
         self._options = options
         self._noise: WeightNoise | None = None
+        self._model: nn.Module | None = None
         self._cleanup = contextlib.ExitStack()
+        self._without_grad = noise_without_grad
+        self._forwards: TrainingForwards | None = None
         self._sigma_t: float | None = None
         self._rise: Tensor | None = None
 
@@ -67,14 +102,25 @@ class NoisyRun:
 
     def finish(self) -> None:
         """Close the window and take everything off the model; harmless at any time."""
+        if self._forwards is not None:
+            self._forwards.remove()
+            self._forwards = None
         if self._noise is not None:
             self._noise.close()
             self._noise = None
         self._cleanup.close()
+        self._model = None
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward that is trained through."""
 
     def _begin(self, model: nn.Module, max_steps: float) -> None:
         """Find the weights; what an earlier training left behind is taken away first."""
         self.finish()
+        earlier = _RUNS.pop(model, lambda: None)()
+        if earlier is not None and earlier._model is model:
+            earlier.finish()
+        self._model, _RUNS[model] = model, weakref.ref(self)
         self._sigma_t = self._rise = None
         options = self._options | {"schedule": self._over(max_steps)}
         if _has_peft_layers(model):
@@ -84,6 +130,13 @@ class NoisyRun:
             self._cleanup.callback(detach, model)
         else:
             self._noise = WeightNoise(model, self._sigma, **options)
+        self._forwards = TrainingForwards(
+            lambda: self._noise,
+            without_grad=self._without_grad,
+            in_eval=self._in_eval,
+            look=self._look,
+        )
+        self._forwards.add(model)
 
     def _over(self, max_steps: float) -> Schedule:
         if callable(self._schedule):
@@ -98,14 +151,45 @@ class NoisyRun:
 
     def _open(self, step: int, micro_batches: int) -> None:
         """Open the window of an optimizer step."""
+        self._forwards.leave()
         self._noise.open(step=step, micro_batches=micro_batches)
         self._sigma_t = self._noise.sigma_t
         self._rise = None
 
     def _figures(self) -> dict[str, float]:
         """What the log says of the last window; waits for the device."""
-        figures = {"noise_sigma": self._sigma_t, "noise_loss_rise": self._rise}
+        figures: dict[str, Any] = {"noise_sigma": self._sigma_t, "noise_loss_rise": self._rise}
+        silent = 0 if self._noise is None else len(self._noise.silent)
+        if silent:
+            # No noise where no layer was called.
+            figures = figures if silent < len(self._noise.names) else {}
+            figures["noise_silent_layers"] = silent
         return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _check_options(
+    op: str,
+    *,
+    strategy: str,
+    scope: str,
+    mode: str,
+    restore: str | None,
+    seed: int,
+    ranks: str,
+    fisher: Fisher | None,
+) -> None:
+    """TypeError or ValueError unless `WeightNoise` will accept these; no model is needed."""
+    _check.one_of(op, tuple(STRATEGIES), strategy=strategy)
+    _check.one_of(op, SCOPES, scope=scope)
+    _check.one_of(op, MODES, mode=mode)
+    if restore is not None:
+        _check.one_of(op, RESTORES, restore=restore)
+    _check.one_of(op, RANKS, ranks=ranks)
+    NoiseKey(seed)
+    _check.kinds(op, Fisher, optional=True, fisher=fisher)
+    if (strategy == "fisher") != (fisher is not None):
+        accepted = "given with strategy 'fisher' and with no other"
+        _check.refuse(op, "fisher", accepted, fisher)
 
 
 def loss_rise(
@@ -114,7 +198,7 @@ def loss_rise(
     """`loss()` under the open window's noise less `loss()` at clean weights; None if that is None.
 
     Costs two calls without gradients. Both draw the same random numbers, which the next forward
-    draws again; the statistics of batch norms stay.
+    draws again; the statistics of batch norms stay. Nothing is compiled for them.
     """
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     kind = {"device_type": next(iter(devices)).type} if devices else {}
@@ -122,6 +206,7 @@ def loss_rise(
     for view in (contextlib.nullcontext, noise.paused):
         with (
             view(),
+            _eagerly(),
             torch.no_grad(),
             still_statistics(model),
             torch.random.fork_rng(devices, **kind),
@@ -131,6 +216,13 @@ def loss_rise(
             return None
         losses.append(value.detach().float())
     return losses[0] - losses[1]
+
+
+def _eagerly() -> contextlib.AbstractContextManager:
+    """What is compiled runs as it was written."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _has_peft_layers(model: nn.Module) -> bool:

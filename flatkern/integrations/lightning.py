@@ -1,6 +1,7 @@
 """Noise windows in Lightning's Trainer."""
 
 import contextlib
+import functools
 import inspect
 from typing import Any
 
@@ -28,30 +29,28 @@ class FlatLoRACallback(NoisyRun, Callback):
     `accumulate_grad_batches` and closes before clipping and the optimizer, also on a short last
     group. Its step is `trainer.global_step`, so a resumed run sees the same noise, to the bit,
     without anything saved. Validation inside a window is clean, and so is every checkpoint; any
-    exit leaves the exact weights. `noise_sigma`, sigma times the schedule's factor, is logged.
+    exit leaves the exact weights. Forwards without gradients are clean, inside `training_step` as
+    well; `noise_without_grad=True` shows them the noise.
+
+    `noise_sigma`, sigma times the schedule's factor, is logged. With `measure=True` so is
+    `noise_loss_rise`, by how much a step's noise raises the loss of its first micro-batch, at the
+    steps that are logged. It takes two more `training_step`s, without gradients, with the same
+    dropout and nothing logged; but what such a call changes besides, a metric's sums for example,
+    it changes each time.
     """
 
-    def __init__(self, sigma: float = 0.05, *, measure: bool = False, **options: Any) -> None:
-        """Nothing is changed before training begins.
-
-        Args:
-            sigma, options: see `NoisyRun`: schedule, and the other arguments of
-                `flatkern.WeightNoise`.
-            measure: log `noise_loss_rise`, by how much a step's noise raises the loss of its first
-                micro-batch, at the steps that are logged. It takes two more `training_step`s,
-                without gradients, with the same dropout and nothing logged; but what such a call
-                changes besides, a metric's sums for example, it changes each time.
-
-        Raises:
-            TypeError, ValueError: an argument is of the wrong kind or value.
-        """
-        super().__init__(sigma, measure=measure, **options)
-        self._validation = contextlib.ExitStack()
+    # A LightningModule that keeps modules in eval mode, as they come pretrained, trains them so.
+    _measures, _in_eval = False, True
 
     def finish(self) -> None:
         """Close the window and take everything off the model; harmless at any time."""
         super().finish()
         self._validation.close()
+
+    @functools.cached_property
+    def _validation(self) -> contextlib.ExitStack:
+        """The pause of a validation that is under way."""
+        return contextlib.ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what gives no windows.
@@ -81,9 +80,10 @@ class FlatLoRACallback(NoisyRun, Callback):
         self._open(trainer.global_step, trainer.accumulate_grad_batches)
         every = trainer.log_every_n_steps
         if self._measure and every > 0 and (trainer.global_step + 1) % every == 0:
-            self._rise = loss_rise(
-                self._noise, pl_module, lambda: _loss_of(trainer, pl_module, batch, batch_idx)
-            )
+            with self._forwards.off():
+                self._rise = loss_rise(
+                    self._noise, pl_module, lambda: _loss_of(trainer, pl_module, batch, batch_idx)
+                )
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

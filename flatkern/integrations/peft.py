@@ -2,23 +2,38 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from flatkern.integrations._peft_sites import Bystander, PeftSite, why_not
+from flatkern.nn.names import named_modules
 from flatkern.nn.sites import ATTRIBUTE
-from flatkern.noise import WeightNoise
+from flatkern.noise import Fisher, WeightNoise
+from flatkern.noise.schedules import Schedule
 from flatkern.ops import _check
+from flatkern.ops._keywords import known_keywords
 
 # Stacks that compute a whole block from base_layer.weight, lora_A and lora_B, calling no layer.
 _FUSED_ATTRIBUTES = ("apply_qkv", "apply_o")
 _FUSED_PACKAGES = ("unsloth", "axolotl")
 
 
-def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise:
+@known_keywords("peft.attach")
+def attach(
+    model: nn.Module,
+    sigma: float = 0.05,
+    *,
+    strategy: str = "flat_lora",
+    scope: str = "merged",
+    mode: str = "virtual",
+    restore: str | None = None,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    ranks: str = "same",
+    fisher: Fisher | None = None,
+) -> WeightNoise:
     """Let windows show the base weights of PEFT's layers through noise.
 
         model = peft.get_peft_model(base, config)
@@ -31,14 +46,14 @@ def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise
     bases and quantised ones (docs/quantized.md; mode "inplace" refuses those). The scale is that of
     W' with the adapters that are active when the window is opened; a disabled adapter's forward is
     clean. PEFT's own branch, its files and the model's state_dict keys stay what they are. In a
-    window `merge` and `unmerge` raise; in place, adding an adapter too. FSDP2 and tensor
-    parallelism may have sharded the weights: the noise is the same.
+    window `merge` and `unmerge` raise, but under `paused()` they work, and bring the exact bits
+    back; in place, adding an adapter raises too. FSDP2 and tensor parallelism may have sharded the
+    weights: the noise is the same.
 
     Args:
         model: a PeftModel, or any module with PEFT layers.
-        sigma: as in `flatkern.WeightNoise`.
-        options: the other arguments of `flatkern.WeightNoise`: strategy, scope, mode, restore,
-            schedule, seed, ranks, fisher.
+        sigma, strategy, scope, mode, restore, schedule, seed, ranks, fisher: as in
+            `flatkern.WeightNoise`.
 
     Returns:
         The `flatkern.WeightNoise` of the model; opened once per optimizer step.
@@ -56,29 +71,40 @@ def attach(model: nn.Module, sigma: float = 0.05, **options: Any) -> WeightNoise
     _check.kinds("peft.attach", nn.Module, model=model)
     if _sites(model):
         raise RuntimeError("peft.attach: model is attached already; call detach(model) first")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, BaseTunerLayer)}
     skipped = {name: reason for name, m in layers.items() if (reason := why_not(m)) is not None}
     if len(skipped) == len(layers):
         found = f"none that can ({_listed(skipped)})" if skipped else "no PEFT layers"
         raise ValueError(f"peft.attach: model must have LoRA layers over nn.Linear, got {found}")
     try:
-        for name, module in list(model.named_modules()):
+        for name, module in list(named_modules(model)):
             if name in layers and name not in skipped:
                 PeftSite(module)
             elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 Bystander(module)
-        noise = WeightNoise(model, sigma, **options)
+        noise = WeightNoise(
+            model,
+            sigma,
+            strategy=strategy,
+            scope=scope,
+            mode=mode,
+            restore=restore,
+            schedule=schedule,
+            seed=seed,
+            ranks=ranks,
+            fisher=fisher,
+        )
     except BaseException:
         detach(model)
         raise
     if skipped:
-        warnings.warn(f"peft.attach: no noise on {_listed(skipped)}", stacklevel=2)
+        warnings.warn(f"peft.attach: no noise on {_listed(skipped)}", stacklevel=3)
     fused = list(_fused(model))
-    if fused and options.get("mode", "virtual") == "virtual":
+    if fused and mode == "virtual":
         warnings.warn(
             f"peft.attach: {fused[0]} and {len(fused) - 1} more modules read base weights without "
             'calling the layers, so virtual noise is not seen there; use mode="inplace"',
-            stacklevel=2,
+            stacklevel=3,
         )
     return noise
 
@@ -125,7 +151,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 def _fused(model: nn.Module) -> Iterator[str]:
     """Modules above attached layers that are known to compute without calling them."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         forward = module.__dict__.get("forward")
         package = getattr(forward, "__module__", None) or ""
         patched = any(hasattr(module, attribute) for attribute in _FUSED_ATTRIBUTES)

@@ -6,11 +6,13 @@ layer of theirs exists only where they are imported already.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatkern.nn.sites import mark_called
 from flatkern.ops.noisy_linear import autocast_dtype
 
 # Elements that are dequantised at a time where a library's own temporaries are larger than the
@@ -52,6 +54,15 @@ class Quantized:
 
     def release(self) -> None:
         """Undo `hold`."""
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the present weight back: PEFT merges into a new one, whatever the format."""
+        base, weight = self.base, self.base.weight
+
+        def put_back() -> None:
+            base.weight = weight
+
+        return put_back
 
 
 class _TorchAO(Quantized):
@@ -164,6 +175,15 @@ class _Bnb8bit(Quantized):
             return "bitsandbytes' Linear8bitLt that is not quantised yet"
         return None
 
+    def keep(self) -> Callable[[], None]:
+        put_back_weight, state, kept = super().keep(), self.base.state, vars(self.base.state).copy()
+
+        def put_back() -> None:
+            put_back_weight()
+            vars(state).update(kept)
+
+        return put_back
+
     def _scales(self) -> Tensor | None:
         # The first forward moves them.
         scales = self.base.state.SCB
@@ -212,6 +232,7 @@ def noisy_product(window: Any, x: Tensor, weight: Quantized) -> Tensor:
 
     In the layer's own compute dtype, returned in x's; without one, as nn.Linear under autocast.
     """
+    mark_called(window)
     dtype = weight.compute_dtype
     if dtype is None:
         dtype = autocast_dtype(x) or x.dtype

@@ -1,7 +1,7 @@
 """Noise windows and methods in `transformers.Trainer` and what is built on it, such as TRL's."""
 
-import contextlib
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,23 +38,45 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
     raises the loss of its first micro-batch. That takes two more forwards of it, without gradients
     and with the same dropout, at logged steps alone; the training keeps its bits.
 
-    `Trainer(callbacks=[FlatLoRACallback(...)])` does the same, but such a callback runs after the
-    reporters, so that its figures reach the trainer's log history alone, and nobody tells it of an
-    exception in `train`: then a window stays open until `finish()` or the next `train`.
+    Forwards without gradients are clean as well: a reference (another adapter, say), generation,
+    old log-probabilities; `noise_without_grad=True` shows them the noise. Activation checkpointing
+    of either kind keeps it.
+
+    `Trainer(callbacks=[FlatLoRACallback(...)])` does the same. Either way the callback runs before
+    the others, and any exit from `train` leaves the model clean and without it.
     """
+
+    _joined: Trainer | None = None
+    _due = False
 
     def add_to(self, trainer: Trainer) -> None:
         """Put this before the trainer's other callbacks, and clean up after `train` on any exit.
 
         Raises:
             TypeError: not a Trainer.
-            RuntimeError: the trainer has a FlatLoRACallback.
+            RuntimeError: the trainer has a FlatLoRACallback, or a method.
         """
         _check.kinds(_OP, Trainer, trainer=trainer)
-        callbacks = trainer.callback_handler.callbacks
-        if any(isinstance(callback, FlatLoRACallback) for callback in callbacks):
+        if self in trainer.callback_handler.callbacks:
             raise RuntimeError(f"{_OP}: the trainer has one already")
+        self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
+        """What `add_to` does; again, it does nothing."""
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(each, FlatLoRACallback) and each is not self for each in callbacks):
+            raise RuntimeError(f"{_OP}: the trainer has one already")
+        if isinstance(trainer, MethodTrainerMixin):
+            raise RuntimeError(
+                f"{_OP}: the trainer's step is that of a method (MethodTrainerMixin); take either "
+                "the callback or the mixin, not both"
+            )
+        if self in callbacks:
+            callbacks.remove(self)
         callbacks.insert(0, self)
+        if self._joined is trainer:
+            return
+        self._joined = trainer
         train = trainer.train
 
         @functools.wraps(train)
@@ -66,6 +88,13 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
 
         trainer.train = train_and_finish
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Come before the reporters, also as one of `Trainer(callbacks=...)`."""
+        if (trainer := _calling_trainer()) is not None:
+            self._join(trainer)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -75,15 +104,15 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Find the weights; what an earlier training left behind is taken away first."""
-        self._begin(model, state.max_steps)
-        self._pauses: list[contextlib.AbstractContextManager] = []
+        trainer = _calling_trainer()
+        if trainer is not None:
+            self._join(trainer)
         self._due = False
-        # generate() of a PeftModel calls the model inside, never the outer one.
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        before = inner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        after = inner.register_forward_hook(self._after_forward, always_call=True)
-        self._cleanup.callback(before.remove)
-        self._cleanup.callback(after.remove)
+        self._begin(model, state.max_steps)
+        # Around a compiled region, where the hooks inside it do nothing.
+        wrapped = model if trainer is None else trainer.model_wrapped
+        if wrapped is not model:
+            self._forwards.add(wrapped)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,21 +156,28 @@ class FlatLoRACallback(NoisyRun, TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(figures)
 
-    def _before_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Clean weights for the forward of a model in eval mode, inside a window as well."""
-        pause = contextlib.nullcontext() if model.training else self._noise.paused()
-        pause.__enter__()
-        self._pauses.append(pause)
-        if self._due and model.training and torch.is_grad_enabled() and self._noise.active:
-            self._due = False
-            # Without it a loss is the mean over its own micro-batch.
-            own = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure at a step that will be logged, before its first forward."""
+        if not self._due:
+            return
+        self._due = False
+        # Without it a loss is the mean over its own micro-batch.
+        own = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+        # Wrappers of the whole model pass on what they are given.
+        inside = any(part is self._model for part in module.modules())
+        model = self._model if inside else module
+        with self._forwards.off():
             self._rise = loss_rise(self._noise, model, lambda: _loss_of(model(*args, **own)))
 
-    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._pauses.pop().__exit__(None, None, None)
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer that runs its callbacks at the moment: it tells them everything but itself."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(trainer := frame.f_locals.get("self"), Trainer):
+            return trainer
+        frame = frame.f_back
+    return None
 
 
 def _is_logged(step: int, args: TrainingArguments, state: TrainerState) -> bool:

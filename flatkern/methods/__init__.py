@@ -4,6 +4,7 @@ from flatkern.methods.arwp import ARWP
 from flatkern.methods.asam import ASAM
 from flatkern.methods.bar import BAR
 from flatkern.methods.base import Method
+from flatkern.methods.batches import micro_batches
 from flatkern.methods.efmlora import EFMLoRA
 from flatkern.methods.flat_lora import FlatLoRA
 from flatkern.methods.fmlora import FMLoRA
@@ -30,4 +31,5 @@ __all__ = [
     "MeZO",
     "Method",
     "MixedRWP",
+    "micro_batches",
 ]

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,18 @@ from torch import Tensor, nn
 from flatkern.nn.dora import DoRALinear
 from flatkern.nn.factors import nora_factors
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
+from flatkern.nn.names import named_modules
 from flatkern.nn.nora import NoRALinear
 from flatkern.nn.replace import find_lora_layers, swap
+from flatkern.nn.saved import (
+    PREFIX,
+    find_saved,
+    mark,
+    read_saved,
+    state_of,
+    unwrapped,
+    written,
+)
 from flatkern.ops import _check
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,7 +48,6 @@ _UNSUPPORTED = (
     "kasa_config",
     "layer_replication",
     "lora_bias",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
@@ -46,10 +57,16 @@ _UNSUPPORTED = (
 )
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    modules_to_save: Iterable[str] | None = None,
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT loads too.
 
-    The adapters alone are saved, in their own dtype, as adapters of the original weight. A
+    The adapters are saved, in their own dtype, as adapters of the original weight; and whole, as
+    PEFT's `modules_to_save`, what is trained beside them, a head for example. Names are those of
+    the unwrapped model: `torch.compile`, DDP, FSDP2 and checkpointing wrappers do not show. A
     `DoRALinear` is PEFT's DoRA. What the format has no word for becomes plain LoRA: a `NoRALinear`
     of rank r' (its products A' A and B B'), and a layer with an offset base (PiSSA, LoRA-GA) of
     rank 2 r, s (B A - B0 A0), which is off by the rounding of the base. So that training can go
@@ -60,10 +77,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: with `LoRALinear` layers, merged or not, in a window or not.
         folder: made if it does not exist; files in it are replaced.
+        modules_to_save: names of modules without adapters to save whole, matched as targets of
+            `replace_linear`; None: the heads and other modules that it left trainable or
+            `load_adapter` read, and every module with trainable parameters of its own.
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: the model has no LoRALinear, or DoRALinear layers beside others.
+        ValueError: the model has no LoRALinear, or DoRALinear layers beside others; wrong names.
+
+    Warns:
+        UserWarning: trainable parameters that are not saved, by name.
     """
     from safetensors.torch import save_file
 
@@ -72,14 +95,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     layers = find_lora_layers(model)
     if not layers:
         raise ValueError("save_adapter: model must have LoRALinear layers, got none")
+    saved, lost = find_saved("save_adapter", model, modules_to_save)
     parts = {name: _parts(layer) for name, layer in layers.items()}
     config = _config(model, layers, {name: len(parts[name]["lora_A"]) for name in layers})
-    tensors = {
-        # Copied, because safetensors refuses the shared storage of a layer used twice.
-        f"base_model.model.{name}.{_PARTS[part]}": value.cpu().clone()
-        for name in layers
-        for part, value in parts[name].items()
-    }
+    config["modules_to_save"] = list(saved) or None
+    tensors = {f"{name}.{_PARTS[key]}": v for name in layers for key, v in parts[name].items()}
+    for name, module in saved.items():
+        tensors |= {f"{name}.{key}": _gathered(v) for key, v in state_of(module).items()}
+    # Copied, because safetensors refuses the shared storage of a layer used twice.
+    tensors = {f"{PREFIX}{key}": v.detach().cpu().clone() for key, v in tensors.items()}
+    if lost:
+        warnings.warn(
+            f"save_adapter: trainable but not saved: {', '.join(lost[:8])}"
+            + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+            + "; a module without adapters is saved whole if modules_to_save names it",
+            stacklevel=2,
+        )
     if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() > 0:
         return
     folder = Path(folder)
@@ -106,7 +137,8 @@ def _parts(layer: LoRALinear) -> dict[str, Tensor]:
     parts = {part: state[part] for part in _PARTS if part in state}
     if isinstance(layer, NoRALinear):
         own = {name: state[name] for name in layer.adapters()}
-        parts["lora_A"], parts["lora_B"] = nora_factors(**own)
+        dtype = own["lora_A"].dtype
+        parts["lora_A"], parts["lora_B"] = (part.to(dtype) for part in nora_factors(**own))
     if "offset_A" in state:
         parts["lora_A"] = torch.cat([parts["lora_A"], state["offset_A"]])
         parts["lora_B"] = torch.cat([parts["lora_B"], -state["offset_B"]], dim=1)
@@ -146,7 +178,6 @@ def _config(
         "init_lora_weights": True,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
     }
 
 
@@ -161,7 +192,7 @@ def _whole(name: str) -> str:
 
 def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
     """Full names; a regular expression where PEFT would match one as another layer's suffix."""
-    others = [name for name, _ in model.named_modules() if name not in layers]
+    others = [name for name, _ in named_modules(model) if name not in layers]
     if any(other.endswith(f".{name}") for other in others for name in layers):
         return "|".join(re.escape(name) for name in layers)
     return list(layers)
@@ -170,10 +201,11 @@ def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Load an adapter that `save_adapter` or PEFT's `save_pretrained` wrote.
 
-    A plain model gets `LoRALinear` or `DoRALinear` layers as by `replace_linear` (the rest is
-    frozen); an adapter that PEFT trained from "pissa" gets its base from the SVD again, as in
-    PEFT. A model that has layers keeps them: they must be the saved ones, of the same kind, sizes
-    and scaling, over the original weights.
+    A plain model gets `LoRALinear` or `DoRALinear` layers as by `replace_linear`, and the rest is
+    frozen but for the file's `modules_to_save`, which are read as well; an adapter that PEFT
+    trained from "pissa" gets its base from the SVD again, as in PEFT. A model that has layers
+    keeps them: they must be the saved ones, of the same kind, sizes and scaling, over the original
+    weights.
 
     Args:
         model: changed in place; on an error it is as it was.
@@ -197,11 +229,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             raise FileNotFoundError(f"load_adapter: folder must hold {file}, got {folder}")
     config = json.loads((Path(folder) / CONFIG_FILE).read_text())
     kind = DoRALinear if config.get("use_dora") else LoRALinear
-    adapters = _read_adapters(load_file(Path(folder) / WEIGHTS_FILE), kind)
+    modules = dict(named_modules(model, remove_duplicate=False))
+    tensors = unwrapped("load_adapter", load_file(Path(folder) / WEIGHTS_FILE), modules)
+    saved = _read_saved(model, config, tensors)
+    adapters = _read_adapters(tensors, kind)
     options = {
         name: _options(config, name, parts["lora_A"].shape[0]) for name, parts in adapters.items()
     }
-    modules = dict(model.named_modules(remove_duplicate=False))
     absent = sorted(adapters.keys() - modules.keys())
     if absent:
         raise ValueError(f"load_adapter: model must have the saved layers, got no {absent[:8]}")
@@ -213,14 +247,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         if not present:
             check_linear(module, name)
         _check_shapes(name, module, adapters[name])
-    if not present:
-        swap(model, targets, lambda name, linear: kind.from_linear(linear, **options[name]))
+    with written(modules, saved):
+        if not present:
+            kept = [modules[name] for name in saved]
+            swap(model, targets, lambda name, old: kind.from_linear(old, **options[name]), kept)
+    mark(modules[name] for name in saved)
+    layers = find_lora_layers(model)
     with torch.no_grad():
         for name in targets:
-            layer = model.get_submodule(name)
             for part, value in adapters[name].items():
-                getattr(layer, part).copy_(value)
+                getattr(layers[name], part).copy_(value)
     return list(targets)
+
+
+def _read_saved(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Take the tensors of the file's `modules_to_save` out of `tensors`."""
+    names = config.get("modules_to_save")
+    if not names:
+        return {}
+    keys = [key for key in tensors if key.startswith(PREFIX) and not _KEY.fullmatch(key)]
+    own = {key.removeprefix(PREFIX): tensors.pop(key) for key in keys}
+    return read_saved("load_adapter", model, names, own)
 
 
 def _read_adapters(
@@ -243,7 +292,7 @@ def _read_adapters(
     for name in names:
         adapters[name] = {}
         for part, word in parts.items():
-            key = f"base_model.model.{name}.{word}"
+            key = f"{PREFIX}{name}.{word}"
             if key not in tensors:
                 raise ValueError(f"load_adapter: {WEIGHTS_FILE} must hold {key}, not found")
             dim = 1 if part == "lora_magnitude" else 2

@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or wider, where a product is rounded by less than a row norm is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def nora_factors(
     lora_A: Tensor, lora_B: Tensor, nora_A: Tensor, nora_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A' A [r', n] and B B' [m, r'], of the outer [r, n], [m, r] and inner [r', r], [r, r']."""
-    # Small products, in full precision: the noise's row scale must not depend on autocast.
+    """A' A [r', n] and B B' [m, r'] from the outer [r, n], [m, r], inner [r', r], [r, r'], wide."""
+    # Small products, wide: the noise's row scale must not depend on autocast or on 16 bits.
     with torch.autocast(lora_A.device.type, enabled=False):
-        return nora_A @ lora_A, lora_B @ nora_B
+        return wide(nora_A) @ wide(lora_A), wide(lora_B) @ wide(nora_B)
 
 
 def adalora_factors(
@@ -30,4 +35,4 @@ def adalora_factors(
         ranknum: r as PEFT keeps it.
     """
     alpha = lora_alpha if lora_alpha > 0 else ranknum
-    return lora_A * lora_E, lora_B, float(alpha) / (float(ranknum) + 1e-5)
+    return wide(lora_A) * wide(lora_E), lora_B, float(alpha) / (float(ranknum) + 1e-5)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flatkern.nn.factors import nora_factors
+from flatkern.nn.factors import nora_factors, wide
 from flatkern.nn.linear import LoRALinear
 from flatkern.ops import _check
 
@@ -56,6 +56,9 @@ class NoRALinear(LoRALinear):
             nn.init.zeros_(self.nora_B)
         else:
             nn.init.kaiming_uniform_(self.nora_B, a=math.sqrt(5))
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return wide(super()._wide(x))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A' A [r', n] and B B' [m, r']: to everything else a LoRA of rank r' and scaling s."""

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 
@@ -70,3 +72,50 @@ def test_missing_extras_are_named_with_what_to_install(
     assert "tabulate, tqdm" in err
     assert 'pip install "flatkern[demo]"' in err
     assert "--require-hashes -r " in err
+
+
+COMMANDS = {
+    "import": "import flatkern",
+    "doctor": "from flatkern import cli; cli.main(['doctor'])",
+    "help": "from flatkern import cli\ntry: cli.main(['demo', '--help'])\nexcept SystemExit: pass",
+    "layers": "import torch, flatkern, tempfile\n"
+    "from flatkern.nn import replace_linear, save_adapter\n"
+    "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+    "replace_linear(model, ['0'])\n"
+    "with flatkern.WeightNoise(model).window(): model(torch.ones(1, 4)).sum().backward()",
+}
+OTHERS = (
+    "transformers",
+    "peft",
+    "accelerate",
+    "torchao",
+    "bitsandbytes",
+    "lightning",
+    "matplotlib",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_packages_are_not_imported_before_they_are_used(command: str) -> None:
+    code = f"{COMMANDS[command]}\nimport sys\nprint([m for m in {OTHERS} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    # Nothing to read but what was asked for; a backend that is slow here says so.
+    assert "_pytree" not in done.stderr
+    assert "Deprecat" not in done.stderr
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    text = capsys.readouterr().out
+    assert "30 % flipped" in " ".join(text.split())
+    assert "%%" not in text
+
+
+def test_doctor_says_what_auto_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor"])
+    chosen = flatkern.build_info()["auto"]["cpu"]
+    assert f"on cpu tensors  runs {chosen}" in capsys.readouterr().out

@@ -194,8 +194,9 @@ def test_validation_and_files_are_clean_inside_a_window(tmp_path, mode):
 
         def on_validation_end(self, trainer, module):
             if "step" in seen and "noisy" not in seen:
-                with torch.no_grad():
-                    seen["noisy"] = module.loss(data(2))
+                # Without gradients it would be clean.
+                with torch.inference_mode(False), torch.enable_grad():
+                    seen["noisy"] = module.loss(data(2)).detach()
 
     def twin_of(module):
         with flat.noise.paused():

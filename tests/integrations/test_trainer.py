@@ -1,5 +1,7 @@
 """FlatLoRACallback under the real Trainer: clean weights, files and evaluations; exact resume."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -9,13 +11,23 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import adapted, bits, llama, same_bits, tokens
-from tiny_trainer import ACCUMULATION, MODES, SIGMA, batches_of, is_base, items, trainer_of
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from tiny_trainer import (
+    ACCUMULATION,
+    MODES,
+    SIGMA,
+    batches_of,
+    dataset,
+    is_base,
+    items,
+    trainer_of,
+)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import flatkern
 from flatkern.integrations.peft import attach
-from flatkern.integrations.transformers import FlatLoRACallback
+from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
+from flatkern.methods import SAM
 from flatkern.nn import replace_linear
 
 
@@ -149,14 +161,14 @@ def test_evaluation_and_files_are_clean_inside_a_window(tmp_path):
         assert torch.equal(value, seen["weights"][name.replace(".weight", ".default.weight")])
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_just_in_time_checkpoint_is_clean(tmp_path, first):
-    # It is written in on_pre_optimizer_step, before the callbacks that a user passes.
+@pytest.mark.parametrize("added", [True, False])
+def test_a_just_in_time_checkpoint_is_clean(tmp_path, added):
+    # It is written in on_pre_optimizer_step, before callbacks that do not put themselves first.
     model = llama()
     flat = FlatLoRACallback(sigma=SIGMA, scope="trainable", mode="inplace", schedule="constant")
     options = {"enable_jit_checkpoint": True, "max_steps": 3}
     trainer = trainer_of(
-        tmp_path, model, flat if first else None, [] if first else [flat], **options
+        tmp_path, model, flat if added else None, [] if added else [flat], **options
     )
     jit = next(
         cb for cb in trainer.callback_handler.callbacks if isinstance(cb, JITCheckpointCallback)
@@ -177,7 +189,7 @@ def test_a_just_in_time_checkpoint_is_clean(tmp_path, first):
 
     trainer.add_callback(Signal())
     trainer.train()
-    assert noisy == [not first]
+    assert noisy == [False]
     saved = load_file(tmp_path / "checkpoint-0" / "model.safetensors")
     assert all(torch.equal(value, clean[name]) for name, value in saved.items())
 
@@ -221,27 +233,33 @@ def test_an_exception_leaves_the_model_as_it_was(tmp_path, mode, kind):
     attach(model)
 
 
-def test_a_callback_without_a_trainer_recovers_at_the_next_training(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_one_of_callbacks_cleans_up_as_well(tmp_path, mode, kind):
     class Failing(TrainerCallback):
         failed = False
 
         def on_substep_end(self, args, state, control, **kwargs):
             if not self.failed:
                 self.failed = True
-                raise ValueError
+                raise kind
 
     model = adapted()
-    flat = FlatLoRACallback(sigma=SIGMA, schedule="constant")
-    trainer = trainer_of(tmp_path, model, callbacks=[flat, Failing()])
-    with pytest.raises(ValueError):  # noqa: PT011 - it is the test's own
+    before = bits(model, is_base)
+    flat = FlatLoRACallback(sigma=SIGMA, mode=mode, schedule="constant")
+    failing = Failing()
+    trainer = trainer_of(tmp_path, model, callbacks=[flat, failing])
+    with pytest.raises(kind):
         trainer.train()
-    assert flat.noise.active
-    with torch.no_grad():
-        inside = model.eval()(**tokens()).loss
-        flat.finish()
-        assert torch.equal(model(**tokens()).loss, inside)
+    assert flat.noise is None
+    assert same_bits(bits(model, is_base), before)
+    # A new trainer of the same model, with a callback of its own, and then the first one again.
+    other = FlatLoRACallback(sigma=SIGMA, mode=mode, schedule="constant")
+    trainer_of(tmp_path, model, callbacks=[other], max_steps=2).train()
     trainer.train()
     assert trainer.state.global_step == 6
+    assert same_bits(bits(model, is_base), before)
+    attach(model)
 
 
 @pytest.mark.parametrize("where", ["substep", "epoch"])
@@ -316,10 +334,15 @@ def test_auto_goes_by_the_accumulation(tmp_path, accumulation, writes):
     assert same_bits(bits(model, is_base), before)
 
 
-def test_sigma_is_logged_for_every_reporter(tmp_path):
+@pytest.mark.parametrize("how", ["add_to", "callbacks", "add_callback"])
+def test_sigma_is_logged_for_every_reporter(tmp_path, how):
     flat = FlatLoRACallback(sigma=SIGMA)
+    # Reporters come before the callbacks that a user passes.
     spy = Spy(flat)
-    trainer = trainer_of(tmp_path, adapted(), flat, [spy])
+    added, listed = flat if how == "add_to" else None, [flat] if how == "callbacks" else []
+    trainer = trainer_of(tmp_path, adapted(), added, [spy, *listed])
+    if how == "add_callback":
+        trainer.add_callback(flat)
     trainer.train()
     sigmas = [logs["noise_sigma"] for logs in spy.logs if "loss" in logs]
     schedule = flatkern.cosine_ramp(6)
@@ -336,6 +359,62 @@ def test_lora_linear_needs_no_peft(tmp_path):
     trainer.train()
     assert same_bits(bits(model, is_base), before)
     assert trainer.state.log_history[0]["noise_sigma"] == SIGMA
+
+
+def test_a_method_and_the_callback_are_refused(tmp_path):
+    class Both(MethodTrainerMixin, Trainer):
+        pass
+
+    def trainer(callbacks=()):
+        return Both(
+            model=adapted(),
+            args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+            train_dataset=dataset(),
+            callbacks=list(callbacks),
+            method=SAM,
+        )
+
+    with pytest.raises(RuntimeError, match="not both"):
+        trainer([FlatLoRACallback()])
+    plain = trainer()
+    with pytest.raises(RuntimeError, match="not both"):
+        FlatLoRACallback().add_to(plain)
+    plain.add_callback(FlatLoRACallback())
+    with pytest.raises(RuntimeError, match="not both"):
+        plain.train()
+
+
+WRONG = [
+    ({"mode": "inplce"}, ValueError, "FlatLoRACallback: mode must be 'virtual' or"),
+    ({"restore": "disk"}, ValueError, "FlatLoRACallback: restore must be 'residual' or"),
+    ({"strategy": "flat"}, ValueError, "FlatLoRACallback: strategy must be"),
+    ({"strategy": "fisher"}, ValueError, "FlatLoRACallback: fisher must be given"),
+    ({"scope": "merge"}, ValueError, "FlatLoRACallback: scope must be"),
+    ({"ranks": "all"}, ValueError, "FlatLoRACallback: ranks must be"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"measure": 1}, TypeError, "FlatLoRACallback: measure must be bool"),
+    ({"noise_without_grad": 1}, TypeError, "FlatLoRACallback: noise_without_grad must be bool"),
+    (
+        {"sgima": 0.1},
+        TypeError,
+        r"^FlatLoRACallback: unknown keyword sgima; did you mean sigma\?$",
+    ),
+    ({"total": 3}, TypeError, "FlatLoRACallback: unknown keyword total; accepted are sigma, strat"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), WRONG, ids=str)
+def test_wrong_options_are_refused_when_the_callback_is_made(options, error, text):
+    with pytest.raises(error, match=text):
+        FlatLoRACallback(**options)
+
+
+@pytest.mark.parametrize("function", [FlatLoRACallback, attach], ids=["callback", "attach"])
+def test_editors_see_the_options(function):
+    parameters = inspect.signature(function).parameters.values()
+    names = {parameter.name for parameter in parameters}
+    assert inspect.signature(flatkern.WeightNoise).parameters.keys() - names <= {"model"}
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
 
 
 def test_wrong_arguments():
