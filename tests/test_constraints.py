@@ -1,4 +1,4 @@
-"""The versions that everybody tests with: complete, and within the ranges that users are promised."""
+"""The versions that everybody tests with: complete, and within the ranges that are promised."""
 
 import tomllib
 from pathlib import Path
