@@ -94,8 +94,8 @@ def assert_perturbed(implementation, got, expected, size, before=None):
 
     An implementation that multiplies c into the radius rounds e once less: its e may differ by the
     noise tolerance times its `size`, c [rows] or c |W|, and the result by one more ulp where that
-    crosses a rounding boundary. Where such a last bit decides whether the sum overflows, which leaves
-    an element as it was, the sum and what was `before` are both right.
+    crosses a rounding boundary. Where such a last bit decides whether the sum overflows, which
+    leaves an element as it was, the sum and what was `before` are both right.
     """
     if not implementation.folds_scale:
         assert_same_bits(got.cpu(), expected)

@@ -33,7 +33,7 @@ def constant(weight, c):
 @contextmanager
 def refused(residual, match):
     """The call inside refuses; kernels of a GPU report to no host, so there the next check does."""
-    with pytest.raises(RuntimeError, match=match) as raised:
+    with pytest.raises(RuntimeError, match=match) as raised:  # noqa: PT012
         yield raised
         if residual.is_cuda:
             flatkern.ops.check_residual(residual)
