@@ -1,9 +1,9 @@
 """Every op beside the limits of its GPU, as one picture: `python -m bench.roofline`.
 
-Reads bench/results/*/gpu.json, which bench.gpu wrote, and draws bench/results/roofline.svg and .png:
-time as a multiple of what a copy in the same run takes to move the op's bytes, so that 1 is the
-memory's speed, and the time that the op's instructions take to issue (of the machine code for sm_90
-in bench/results/sass).
+Reads bench/results/*/gpu.json, which bench.gpu wrote, and draws bench/results/roofline.svg and
+.png: time as a multiple of what a copy in the same run takes to move the op's bytes, so that 1 is
+the memory's speed, and the time that the op's instructions take to issue (of the machine code for
+sm_90 in bench/results/sass).
 """
 
 import json
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from bench.gpu_ops import OPS, Cell
-from bench.gpu_table import Outcomes, bytes_of, moves_once
+from bench.gpu_table import Outcomes, moves_once
 
 RESULTS = Path(__file__).parent / "results"
 # 132 SMs, each with 128 lanes, at the clock that both hold under load.
