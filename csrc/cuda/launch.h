@@ -18,7 +18,8 @@ constexpr int kBlocksPerSm = 4;
 FLATKERN_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elementwise kernels: a warp has one unit, a row's next 2^log2 columns, and waits for its vectors
-// two loads ahead. Three blocks of such warps, at up to 80 registers a thread, keep the memory busy.
+// two loads ahead. Three blocks of such warps, at up to 80 registers a thread, keep the memory
+// busy.
 constexpr int kPerturbBlocksPerSm = 3;
 // A long unit pays for the row's hoisted rounds more often than a short one.
 constexpr int kLongUnitLog2 = 12, kShortUnitLog2 = 11;

@@ -1,5 +1,5 @@
-// The noise on the device: keys, normals from Philox's words and the hardware's functions, row scales.
-// Everything also compiles for the host, where tests run the kernels' own source.
+// The noise on the device: keys, normals from Philox's words and the hardware's functions, row
+// scales. Everything also compiles for the host, where tests run the kernels' own source.
 #pragma once
 
 #include "../numeric.h"
