@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one call: `python3 -m bench.gpu` from the repository's root.
 
-Builds for the GPU's architecture, runs all tests, runs compute-sanitizer over small cases, times
-the ops behind their gates and whole optimizer steps, writes bench/results/<device>/gpu.{json,md}
-and prints the tables. No network; needs torch, Triton, nvcc, ninja, pybind11, pytest and tabulate.
-A part that fails or cannot run is named in the tables, the others still run, and the exit status
-is 1.
+Builds for the GPU's architecture, runs the tests that touch a GPU, those of sharded training and of
+the integrations, runs compute-sanitizer over small cases, times the ops behind their gates and
+whole optimizer steps, writes bench/results/<device>/gpu.{json,md}, prints the tables, and puts the
+tracebacks of tests that failed into failed-tests.txt beside them. No network; needs torch, Triton,
+nvcc, ninja, pybind11, pytest and tabulate. A part that fails or cannot run is named in the tables,
+the others still run, and the exit status is 1.
 
 `--rehearse` walks through all of it where no GPU is, on tiny inputs and other backends, measures
 nothing, and writes to a temporary folder only.
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,6 +37,9 @@ from bench.gpu_ops import BASELINES, FLATKERN, Cell, plan
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# What is the same with and without a GPU is left to `make test`.
+TESTS = ("tests/test_gpu.py", "tests/integrations", "tests/ops", "tests/noise")
+TOUCHES_A_GPU = "test_gpu or integrations or cuda or triton"
 Judge = Callable[[int, str], tuple[str, str]]
 
 
@@ -55,20 +60,48 @@ def by_sanitizer(status: int, output: str) -> tuple[str, str]:
     )[1]
 
 
+@dataclass
+class Tests:
+    """What pytest reported of its tests, by file."""
+
+    by_file: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # tracebacks by test
+
+    @classmethod
+    def read(cls, report: Path) -> "Tests":
+        """Of a JUnit report; none where pytest wrote none."""
+        tests = cls()
+        for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
+            file = str(case.get("classname")).replace(".", "/")
+            broken = (
+                case.find("failure") if case.find("failure") is not None else case.find("error")
+            )
+            skipped = case.find("skipped") is not None
+            outcome = "failed" if broken is not None else "skipped" if skipped else "passed"
+            tests.by_file.setdefault(file, Counter())[outcome] += 1
+            if broken is not None:
+                tests.failures[f"{file}::{case.get('name')}"] = broken.text or ""
+        return tests
+
+    def counts(self) -> str:
+        """How many tests had each outcome."""
+        total = sum(self.by_file.values(), Counter())
+        return ", ".join(f"{total[name]} {name}" for name in ("passed", "failed", "skipped"))
+
+    def tracebacks(self) -> str:
+        """Every test that failed, by name."""
+        return "\n".join(f"{name}\n{text}\n" for name, text in self.failures.items())
+
+
 def by_junit(report: Path) -> Judge:
-    """Counts of the tests, and the first failures by name."""
+    """Counts of the tests."""
 
     def judge(status: int, output: str) -> tuple[str, str]:
-        if not report.is_file():
+        tests = Tests.read(report)
+        if not tests.by_file:
             return "failed", by_exit_status(status, output)[1]
-        cases = list(ElementTree.parse(report).iter("testcase"))
-        failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-        skipped = sum(c.find("skipped") is not None for c in cases)
-        passed = len(cases) - len(failed) - skipped
-        detail = f"{passed} passed, {len(failed)} failed, {skipped} skipped"
-        names = [f"{c.get('classname')}::{c.get('name')}" for c in failed[:5]]
-        detail += ": " + ", ".join(names) if names else ""
-        return "ok" if status == 0 and passed else "failed", detail
+        passed = any(counts["passed"] for counts in tests.by_file.values())
+        return "ok" if status == 0 and passed else "failed", tests.counts()
 
     return judge
 
@@ -143,9 +176,11 @@ def check(parts: Parts, rehearse: bool, folder: Path) -> None:
     if rehearse:
         tests.append("tests/noise/test_schedules.py")
         required = "reference"
-    elif _has_module("xdist"):
-        # By file, because some files compile for all of their tests at once.
-        tests += ["-n", "8", "--dist", "loadfile"]
+    else:
+        tests += [*TESTS, "-k", TOUCHES_A_GPU]
+        if _has_module("xdist"):
+            # By file, because some files compile for all of their tests at once.
+            tests += ["-n", str(os.cpu_count() or 1), "--dist", "loadfile"]
     exercise = [PYTHON, "-m", "bench.gpu_ops", "--exercise"]
     with ThreadPoolExecutor() as pool:
         threads = {"OMP_NUM_THREADS": "2"}
@@ -259,9 +294,10 @@ def write(
     parts: list[dict],
     outcomes: dict[Cell, dict],
     steps: tuple[str, list[dict]],
+    tests: Tests,
     head: str,
 ) -> str:
-    """Write gpu.json and gpu.md into the folder; return the text of the latter."""
+    """Write gpu.json, gpu.md and failures into the folder; return the text of gpu.md."""
     folder.mkdir(parents=True, exist_ok=True)
     device = str(where["device"])
     rows = [asdict(cell) | outcome for cell, outcome in outcomes.items()]
@@ -277,6 +313,8 @@ def write(
             steps[0].strip(),
             "## Claims",
             gpu_table.claims_table(outcomes, device),
+            "## Tests",
+            gpu_table.tests_table(tests.by_file),
             "## Parts",
             gpu_table.steps_table(parts),
             *(f"- failed: {why}" for why in shut),
@@ -285,6 +323,9 @@ def write(
     report = {"conditions": where, "parts": parts, "rows": rows, "steps": steps[1]}
     (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "gpu.md").write_text(text + "\n")
+    (folder / "failed-tests.txt").unlink(missing_ok=True)
+    if tests.failures:
+        (folder / "failed-tests.txt").write_text(tests.tracebacks())
     return text
 
 
@@ -317,7 +358,8 @@ def main() -> int:
             "products replayed from graphs over rotating buffers of more than 256 MB, the "
             "published algorithm as it runs. `of copy`: speed as a share of a copy's in this run."
         )
-        print("\n" + write(target, where, parts.done, outcomes, steps, head))
+        tests = Tests.read(folder / "tests.xml")
+        print("\n" + write(target, where, parts.done, outcomes, steps, tests, head))
     if args.rehearse:
         print(f"\n{device}: nothing was measured, nothing was kept")
         return int(any(part["status"] == "failed" for part in parts.done))

@@ -1,5 +1,7 @@
 """Predictions for the GPU, and the table that sets them beside what was measured."""
 
+from collections import Counter
+
 import torch
 from tabulate import tabulate
 
@@ -28,7 +30,7 @@ LINEAR = {
 Outcomes = dict[Cell, dict]
 
 
-def _moves_once(op: str) -> bool:
+def moves_once(op: str) -> bool:
     """Whether the op reads a matrix or writes one, and not both."""
     return op == "noise" or op.startswith("row_norm")
 
@@ -36,7 +38,7 @@ def _moves_once(op: str) -> bool:
 def bytes_of(cell: Cell) -> int:
     """What the op must move: each input read once, each output written once."""
     size = {"bfloat16": 2, "float32": 4}[cell.dtype]
-    passes = 4 if cell.op == "window" else 1 if _moves_once(cell.op) else 2
+    passes = 4 if cell.op == "window" else 1 if moves_once(cell.op) else 2
     return cell.rows * cell.cols * size * passes
 
 
@@ -73,7 +75,7 @@ def ops_table(outcomes: Outcomes, device: str) -> str:
         line = [op, f"{rows}x{cols}", dtype, predicted_us(cell, device)]
         line.append(WINDOW_TARGET if op == "window" else TARGET)
         copy = _seconds(outcomes, at["copy"])
-        copied = (2 if _moves_once(op) else 1) * bytes_of(cell)
+        copied = (2 if moves_once(op) else 1) * bytes_of(cell)
         for name in FLATKERN:
             own = _seconds(outcomes, at[name])
             share = copy * bytes_of(cell) / copied / own if own and copy else None
@@ -169,6 +171,13 @@ def _ratio(outcomes: Outcomes, above: Cell, below: Cell) -> str:
 def _quotient(outcomes: Outcomes, value: float, cell: Cell) -> str:
     seconds = _seconds(outcomes, cell)
     return _microseconds(outcomes, cell) if seconds is None else f"{value / seconds:.2f}"
+
+
+def tests_table(by_file: dict[str, Counter[str]]) -> str:
+    """How many tests of each file passed, failed and were skipped."""
+    outcomes = ("passed", "failed", "skipped")
+    lines = [[file, *(counts[name] for name in outcomes)] for file, counts in by_file.items()]
+    return _markdown(sorted(lines), ["file", *outcomes])
 
 
 def steps_table(steps: list[dict]) -> str:

@@ -340,18 +340,6 @@ def test_lists_with_residuals_are_exact(cuda_kernels, elementwise):
     assert_all_same_bits(weights, clean)
 
 
-def test_one_residual_for_two_weights_is_refused_for_the_second(cuda_kernels):
-    weight, clean, residual, where = residual_window()
-    other = clean.clone()
-    lists = [weight, other], [where["row_scale"]] * 2, [where["key"]] * 2
-    ops.foreach_perturb_(*lists, residuals=[residual] * 2)
-    with pytest.raises(RuntimeError, match="filled by an earlier"):
-        ops.check_residual(residual)
-    assert_same_bits(other, clean)
-    ops.restore_(weight, **where, residual=residual)
-    assert_same_bits(weight, clean)
-
-
 def test_a_graph_of_lists_replays(cuda_kernels):
     weights, *operands = model_weights()
     clean = [weight.clone() for weight in weights]

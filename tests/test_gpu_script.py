@@ -39,13 +39,14 @@ def test_rehearsal():
     table = run.stdout[run.stdout.index("## Ops") :]
     for cell in plan(rehearse=True):
         assert cell.op.split()[0] in table
-    ops, linear, steps, claims, parts = table.split("\n## ")
+    ops, linear, steps, claims, tests, parts = table.split("\n## ")
     for line in ops.splitlines()[4:]:
         columns = [column.strip() for column in line.split("|")[1:-1]]
         # Predictions apart, nothing but names and what was not run.
         assert set(columns[5:]) <= {"not run", ""}, line
     assert "not run" in linear
     assert "not run" in steps
+    assert "tests/noise/test_schedules" in tests
     assert "| tests " in parts
     assert "failed" not in claims + parts.replace("0 failed", "")
 
@@ -122,10 +123,15 @@ def test_judges(tmp_path):
     report = tmp_path / "tests.xml"
     assert gpu.by_junit(report)(1, "crashed") == ("failed", "exit 1: crashed")
     report.write_text(
-        '<testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
-        "<failure/></testcase><testcase><skipped/></testcase></testsuite>"
+        '<testsuite><testcase classname="a.b" name="b"/><testcase classname="a.b" name="c">'
+        '<failure>E  why</failure></testcase><testcase classname="d"><skipped/></testcase>'
+        "</testsuite>"
     )
-    assert gpu.by_junit(report)(1, "") == ("failed", "1 passed, 1 failed, 1 skipped: a::c")
+    tests = gpu.Tests.read(report)
+    assert row(gpu_table.tests_table(tests.by_file), "a/b") == ["1", "1", "0"]
+    assert row(gpu_table.tests_table(tests.by_file), "d") == ["0", "0", "1"]
+    assert tests.tracebacks() == "a/b::c\nE  why\n"
+    assert gpu.by_junit(report)(1, "") == ("failed", "1 passed, 1 failed, 1 skipped")
 
 
 def test_parts_are_named_whatever_becomes_of_them():

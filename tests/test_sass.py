@@ -28,19 +28,24 @@ EXTENSION = flatkern.build_info()["extension"]
 # oldest and the newest torch, rounded up: the noise alone is 17 of them.
 CUDA_CEILINGS = {
     "noise_kernel<true>": 18.5,
-    "perturb": 19.5,
-    "perturb elementwise": 20.5,
-    "restore": 19.0,
+    "perturb": 20.5,
+    "perturb elementwise": 21.5,
+    # Of float32; 16-bit dtypes have their own.
+    "restore": 22.0,
     # Divides.
-    "restore elementwise": 33.5,
+    "restore elementwise": 34.0,
 }
 # Where one instruction multiplies two floats, or adds a half to a float.
 CUDA_CEILINGS_SM_100 = {
-    "perturb": 17.0,
-    "perturb elementwise": 19.5,
-    "restore": 17.0,
-    "restore elementwise": 32.0,
+    # Of float32 to 16 bits.
+    "perturb": 21.0,
+    "perturb elementwise": 20.0,
+    "restore": 18.5,
+    "restore elementwise": 33.5,
 }
+# The pass that matters most: a 16-bit weight in place, one vector at a time 19.0 and 17.0. That the
+# next two vectors are loaded meanwhile costs an instruction, and hides the memory's latency.
+IN_PLACE_16, IN_PLACE_16_SM_100 = 20.0, 18.0
 # Of the way that most warps take: without lists, raw chunks and what is not finite.
 RESIDUAL_CEILINGS = {
     "perturb_residual_kernel": {"16": 49.5, "16 elementwise": 67.0, "32": 84.0},
@@ -141,11 +146,13 @@ def test_cuda_elementwise(cuda_reports):
     # Nine pairs of dtypes perturb, three dtypes restore, both with and without elementwise.
     assert len(vectors) == 24 * len(archs)
     for report in vectors:
-        form = cuda_form(report)
-        ceilings = CUDA_CEILINGS if report.arch < 100 else CUDA_CEILINGS_SM_100
-        # The pass that matters most: a 16-bit weight, in place.
-        in_place = form == "perturb" and report.kernel.count("Float16, ") == 2
-        assert_streams(report, min(ceilings[form], 19.0) if in_place else ceilings[form])
+        form, older = cuda_form(report), report.arch < 100
+        ceiling = (CUDA_CEILINGS if older else CUDA_CEILINGS_SM_100)[form]
+        if form in ("perturb", "restore") and report.kernel.count("Float16, ") == 2:
+            ceiling = IN_PLACE_16 if older else IN_PLACE_16_SM_100
+        assert_streams(report, ceiling)
+        # Two vectors of 16 bits or one of float32 are under way.
+        assert report.loads["128"] == 2
         assert_no_spills(report)
 
 

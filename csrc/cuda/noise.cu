@@ -5,26 +5,24 @@ namespace flatkern::cuda {
 
 // A thread takes one group of columns at a time. Aligned: rows hold whole groups, 16-byte aligned.
 template <bool Aligned>
-__global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args) {
+__global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int unit_log2) {
   const Window& window = args.window;
-  const NoiseKey key = load_key(window.key);
-  const int lane = threadIdx.x % kWarp;
-  for (UnitWalk walk = walk_of_warp(window); walk.inside(); walk.next()) {
-    const int64_t i = walk.row, begin = walk.begin(), end = walk.end(window.cols);
-    const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
-    float* out = static_cast<float*>(args.out) + i * window.cols;
-    const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);
-    for (int64_t j = begin - misfit + 4 * lane; j < end; j += 4 * kWarp) {
-      float z[4];
-      scaled_group(row, static_cast<uint32_t>((window.col_offset + j) / 4), kRadiusOfRoot, z);
-      if constexpr (Aligned) {
-        Bits128 bits;
-        for (int k = 0; k < 4; ++k) bits.w[k] = bits_of_float(z[k]);
-        store_bits(out + j, bits);
-      } else {
-        for (int k = 0; k < 4; ++k) {
-          if (j + k >= begin && j + k < end) out[j + k] = z[k];
-        }
+  const auto [i, begin, end] = unit_of_warp(window, unit_log2, blockIdx.x);
+  if (i >= window.rows) return;
+  const PhiloxRow row =
+      philox_row(load_key(window.key), static_cast<uint32_t>(window.row_offset + i));
+  float* out = static_cast<float*>(args.out) + i * window.cols;
+  const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);
+  for (int64_t j = begin - misfit + 4 * (threadIdx.x % kWarp); j < end; j += 4 * kWarp) {
+    float z[4];
+    scaled_group(row, static_cast<uint32_t>((window.col_offset + j) / 4), kRadiusOfRoot, z);
+    if constexpr (Aligned) {
+      Bits128 bits;
+      for (int k = 0; k < 4; ++k) bits.w[k] = bits_of_float(z[k]);
+      store_bits(out + j, bits);
+    } else {
+      for (int k = 0; k < 4; ++k) {
+        if (j + k >= begin && j + k < end) out[j + k] = z[k];
       }
     }
   }
@@ -51,11 +49,13 @@ __global__ void __launch_bounds__(kThreads) philox_bits_kernel(NoiseArgs args) {
 void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
   const Window& window = args.window;
   if (window.rows == 0 || window.cols == 0) return;
-  const int blocks = grid_blocks(window.rows * units_per_row(window.cols), sm_count);
+  const int log2 = unit_log2(window.rows * units_per_row(window.cols, kLongUnitLog2), sm_count);
+  const int64_t units = window.rows * units_per_row(window.cols, log2);
+  const int blocks = static_cast<int>(divide_up(units, kWarpsPerBlock));
   if (window.cols % 4 == 0 && window.col_offset % 4 == 0) {
-    FLATKERN_LAUNCH((noise_kernel<true>), blocks, kThreads, stream, args);
+    FLATKERN_LAUNCH((noise_kernel<true>), blocks, kThreads, stream, args, log2);
   } else {
-    FLATKERN_LAUNCH((noise_kernel<false>), blocks, kThreads, stream, args);
+    FLATKERN_LAUNCH((noise_kernel<false>), blocks, kThreads, stream, args, log2);
   }
 }
 

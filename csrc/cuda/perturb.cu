@@ -1,65 +1,76 @@
-// Perturb and restore: one warp per row and kUnitCols columns, 128-bit loads and stores.
+// Perturb and restore: a warp per row and unit of columns, 128-bit loads and stores.
 #include "perturb.h"
 
 #include <tuple>
 
 namespace flatkern::cuda {
 
+// A row's elements and what their noise is made of.
+template <class Src, class Dst>
+struct Row {
+  const Src* weight;
+  Dst* out;
+  PhiloxRow philox;
+  RowScale c;
+
+  __device__ __forceinline__ Row(const PerturbArgs& args, int64_t i)
+      : weight(static_cast<const Src*>(args.weight) + i * args.weight_stride),
+        out(static_cast<Dst*>(args.out) + i * args.out_stride),
+        philox(philox_row(load_key(args.window.key),
+                          static_cast<uint32_t>(args.window.row_offset + i))),
+        c(row_scale_of(args.row_scale[i])) {}
+};
+
 // Rows are 16-byte aligned and start on a group.
 template <class Op, class Src, class Dst, bool Elementwise>
-__global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ Table<PerturbArgs> table) {
+__global__ void __launch_bounds__(kThreads, kPerturbBlocksPerSm)
+    perturb_kernel(const __grid_constant__ Table<PerturbArgs> table, int unit_log2) {
   const Place place = place_of(table, blockIdx.x);
   const PerturbArgs& args = table.tensors[place.tensor];
   const Window& window = args.window;
-  const NoiseKey key = load_key(window.key);
-  const int lane = threadIdx.x % kWarp;
-  UnitWalk walk = walk_of_warp(window, place.block, place.blocks);
-  for (; walk.inside(); walk.next()) {
-    const int64_t i = walk.row, begin = walk.begin(), end = walk.end(window.cols);
-    const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
-    const RowScale c = row_scale_of(args.row_scale[i]);
-    const Src* weight = static_cast<const Src*>(args.weight) + i * args.weight_stride;
-    Dst* out = static_cast<Dst*>(args.out) + i * args.out_stride;
+  const Unit unit = unit_of_warp(window, unit_log2, place.block);
+  if (unit.row >= window.rows) return;
+  const Row<Src, Dst> row(args, unit.row);
 
-    // Whole vectors of this lane; none where e needs its shift.
-    const int64_t first = begin + lane * kVector;
-    const int64_t left = c.after == 1.0f ? end - first : 0;
-    const int64_t steps = left < kVector ? 0 : (left - kVector) / kWarpCols + 1;
-    const int64_t whole = first + steps * kWarpCols;
-    for (int64_t j = first; j < end; j += kWarpCols) {
-      if (j < whole) {
-        j = apply_vectors<Op, Elementwise>(weight, out, row, window.col_offset, j, whole, c.scale);
-      }
-      // What stopped it, the vector that the row's end cuts, or any where e needs its shift.
-      const int64_t to = j + kVector < end ? j + kVector : end;
-      apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, j, to, c);
-    }
+  const int64_t first = unit.begin + threadIdx.x % kWarp * kVector;
+  const int left = static_cast<int>(unit.end - first);
+  // Vectors of this lane; the row's end may cut the last.
+  const int whole = left < kVector ? 0 : (left - kVector) / kWarpCols + 1;
+  const int all = left <= 0 ? 0 : (left - 1) / kWarpCols + 1;
+  uint32_t others = (1u << all) - 1u;
+  if (row.c.after == 1.0f) {
+    const uint32_t group = static_cast<uint32_t>((window.col_offset + first) / 4);
+    const uint32_t wild = apply_vectors<Op, Elementwise>(row.weight + first, row.out + first,
+                                                         row.philox, group, whole, row.c.scale);
+    others ^= ((1u << whole) - 1u) ^ wild;
+  }
+  // What is not finite, what the row's end cuts, and all where e needs its shift.
+  for (int64_t j = first; others != 0; j += kWarpCols, others >>= 1) {
+    if ((others & 1u) == 0) continue;
+    const int64_t end = j + kVector < unit.end ? j + kVector : unit.end;
+    apply_scalar<Op, Elementwise>(row.weight, row.out, row.philox, window.col_offset, j, end,
+                                  row.c);
   }
 }
 
 // Any alignment: a thread takes one group of columns at a time.
 template <class Op, class Src, class Dst, bool Elementwise>
 __global__ void __launch_bounds__(kThreads)
-    perturb_unaligned_kernel(const __grid_constant__ Table<PerturbArgs> table) {
+    perturb_unaligned_kernel(const __grid_constant__ Table<PerturbArgs> table, int unit_log2) {
   const Place place = place_of(table, blockIdx.x);
   const PerturbArgs& args = table.tensors[place.tensor];
   const Window& window = args.window;
-  const NoiseKey key = load_key(window.key);
-  const int lane = threadIdx.x % kWarp;
-  UnitWalk walk = walk_of_warp(window, place.block, place.blocks);
-  for (; walk.inside(); walk.next()) {
-    const int64_t i = walk.row, begin = walk.begin(), end = walk.end(window.cols);
-    const PhiloxRow row = philox_row(key, static_cast<uint32_t>(window.row_offset + i));
-    const RowScale c = row_scale_of(args.row_scale[i]);
-    const Src* weight = static_cast<const Src*>(args.weight) + i * args.weight_stride;
-    Dst* out = static_cast<Dst*>(args.out) + i * args.out_stride;
-    // The unit's first group may start before the unit.
-    const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);
-    for (int64_t j = begin - misfit + 4 * lane; j < end; j += 4 * kWarp) {
-      const int64_t from = j < begin ? begin : j, to = j + 4 < end ? j + 4 : end;
-      apply_scalar<Op, Elementwise>(weight, out, row, window.col_offset, from, to, c);
-    }
+  const Unit unit = unit_of_warp(window, unit_log2, place.block);
+  if (unit.row >= window.rows) return;
+  const Row<Src, Dst> row(args, unit.row);
+  // The unit's first group may start before the unit.
+  const int64_t misfit = static_cast<int64_t>((window.col_offset + unit.begin) % 4);
+  int64_t j = unit.begin - misfit + 4 * (threadIdx.x % kWarp);
+  for (; j < unit.end; j += 4 * kWarp) {
+    const int64_t begin = j < unit.begin ? unit.begin : j;
+    const int64_t end = j + 4 < unit.end ? j + 4 : unit.end;
+    apply_scalar<Op, Elementwise>(row.weight, row.out, row.philox, window.col_offset, begin, end,
+                                  row.c);
   }
 }
 
@@ -69,54 +80,62 @@ static bool is_aligned(const PerturbArgs& args) {
          args.window.col_offset % 4 == 0;
 }
 
-static std::vector<Table<PerturbArgs>> perturb_tables(const std::vector<PerturbArgs>& tensors,
-                                                      int sm_count) {
-  return tables_of(
-      tensors,
-      [](const PerturbArgs& args) {
-        return std::tuple(args.weight_dtype, args.out_dtype, args.elementwise, is_aligned(args));
-      },
-      [&](const PerturbArgs& args) {
-        return grid_blocks(args.window.rows * units_per_row(args.window.cols), sm_count);
-      });
-}
-
 template <class Op, class Src, class Dst, bool Elementwise>
-static void launch_as(const Table<PerturbArgs>& table, cudaStream_t stream) {
+static void launch_as(const Table<PerturbArgs>& table, int unit_log2, cudaStream_t stream) {
   const int blocks = static_cast<int>(table.blocks());
   if (is_aligned(table.tensors[0])) {
-    FLATKERN_LAUNCH((perturb_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream, table);
+    FLATKERN_LAUNCH((perturb_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream, table,
+                    unit_log2);
   } else {
     FLATKERN_LAUNCH((perturb_unaligned_kernel<Op, Src, Dst, Elementwise>), blocks, kThreads, stream,
-                    table);
+                    table, unit_log2);
   }
 }
 
+// The launches for `tensors`: launch(table, unit_log2).
+template <class Launch>
+static void launch_tables(const std::vector<PerturbArgs>& tensors, int sm_count,
+                          const Launch& launch) {
+  const auto units = [](const PerturbArgs& args, int log2) {
+    return args.window.rows * units_per_row(args.window.cols, log2);
+  };
+  int64_t long_units = 0;
+  for (const PerturbArgs& args : tensors) long_units += units(args, kLongUnitLog2);
+  const int log2 = unit_log2(long_units, sm_count);
+  const auto kernel = [](const PerturbArgs& args) {
+    return std::tuple(args.weight_dtype, args.out_dtype, args.elementwise, is_aligned(args));
+  };
+  const auto blocks = [&](const PerturbArgs& args) {
+    return static_cast<uint32_t>(divide_up(units(args, log2), kWarpsPerBlock));
+  };
+  for (const Table<PerturbArgs>& table : tables_of(tensors, kernel, blocks)) launch(table, log2);
+}
+
 template <class Op, class Src, class Dst>
-static void launch_dtypes(const Table<PerturbArgs>& table, cudaStream_t stream) {
+static void launch_dtypes(const Table<PerturbArgs>& table, int unit_log2, cudaStream_t stream) {
   if (table.tensors[0].elementwise) {
-    launch_as<Op, Src, Dst, true>(table, stream);
+    launch_as<Op, Src, Dst, true>(table, unit_log2, stream);
   } else {
-    launch_as<Op, Src, Dst, false>(table, stream);
+    launch_as<Op, Src, Dst, false>(table, unit_log2, stream);
   }
 }
 
 void launch_perturb(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream) {
-  for (const Table<PerturbArgs>& table : perturb_tables(tensors, sm_count)) {
+  launch_tables(tensors, sm_count, [&](const Table<PerturbArgs>& table, int log2) {
     with_type(table.tensors[0].weight_dtype, [&](auto weight) {
       with_type(table.tensors[0].out_dtype, [&](auto out) {
-        launch_dtypes<Perturb, decltype(weight), decltype(out)>(table, stream);
+        launch_dtypes<Perturb, decltype(weight), decltype(out)>(table, log2, stream);
       });
     });
-  }
+  });
 }
 
 void launch_restore(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream) {
-  for (const Table<PerturbArgs>& table : perturb_tables(tensors, sm_count)) {
+  launch_tables(tensors, sm_count, [&](const Table<PerturbArgs>& table, int log2) {
     with_type(table.tensors[0].weight_dtype, [&](auto weight) {
-      launch_dtypes<Restore, decltype(weight), decltype(weight)>(table, stream);
+      launch_dtypes<Restore, decltype(weight), decltype(weight)>(table, log2, stream);
     });
-  }
+  });
 }
 
 }  // namespace flatkern::cuda

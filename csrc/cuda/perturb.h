@@ -1,4 +1,4 @@
-// The inner loops of perturb and restore, shared by the elementwise and the fused kernels.
+// The inner loops of perturb and restore.
 #pragma once
 
 #include "device.h"
@@ -20,11 +20,11 @@ struct Restore {
   }
 };
 
-// kVector columns of one row, from the group of the first.
-template <class Op, class Dst, class Src, bool Elementwise>
-FLATKERN_HD Packed<Dst> apply_vector(const Packed<Src>& weight, const PhiloxRow& row,
-                                     uint32_t group, float scale) {
-  float e[kVector], value[kVector];
+// kVector columns of one row in float32, from the group of the first.
+template <class Op, bool Elementwise, class Src>
+FLATKERN_HD void apply_noise(const Packed<Src>& weight, const PhiloxRow& row, uint32_t group,
+                             float scale, float* value) {
+  float e[kVector];
   scaled_group(row, group, scale, e);
   scaled_group(row, group + 1, scale, e + 4);
   if constexpr (Elementwise) {
@@ -35,31 +35,57 @@ FLATKERN_HD Packed<Dst> apply_vector(const Packed<Src>& weight, const PhiloxRow&
     for (int i = 0; i < kVector; ++i) e[i] = Op::addend(e[i]);
     add_to(weight, e, value);
   }
+}
+
+// The same, rounded.
+template <class Op, class Dst, class Src, bool Elementwise>
+FLATKERN_HD Packed<Dst> apply_vector(const Packed<Src>& weight, const PhiloxRow& row,
+                                     uint32_t group, float scale) {
+  float value[kVector];
+  apply_noise<Op, Elementwise>(weight, row, group, scale, value);
   return round_packed<Dst>(value);
 }
 
-// The calling lane's vectors of one row, every kWarpCols columns from `begin` up to `end`, a whole
-// number of steps away. Stops at one that does not stay finite; the column where it stopped.
+// Vectors that a lane has loaded ahead: 32 bytes.
+template <class Src>
+constexpr uint32_t kAhead = sizeof(Src) == 4 ? 1 : 2;
+
+// The calling lane's `count` vectors of one row, kWarpCols columns apart, the first at `weight` and
+// `out` with the noise of `group`. Those that do not stay finite are not written: these, as bits.
 template <class Op, bool Elementwise, class Src, class Dst>
-FLATKERN_HD int64_t apply_vectors(const Src* weight, Dst* out, const PhiloxRow& row,
-                                  uint64_t col_offset, int64_t begin, int64_t end, float scale) {
-  // The noise's group counts the steps and makes the addresses, in one wide multiply each.
-  uint64_t source = reinterpret_cast<uint64_t>(weight) - col_offset * sizeof(Src);
-  uint64_t target = reinterpret_cast<uint64_t>(out) - col_offset * sizeof(Dst);
-  uint32_t group = static_cast<uint32_t>((col_offset + begin) / 4);
-  uint32_t last = static_cast<uint32_t>((col_offset + end) / 4);
-  opaque(source);
-  opaque(target);
-  opaque(last);
-  for (; group != last; group += kWarpCols / 4) {
-    opaque(group);
-    const uint64_t column = 4 * static_cast<uint64_t>(group);
-    const Packed<Dst> result = apply_vector<Op, Dst, Src, Elementwise>(
-        load_packed(global_pointer<const Src>(source + column * sizeof(Src))), row, group, scale);
-    if (!all_finite(result)) break;
-    store_packed(global_pointer<Dst>(target + column * sizeof(Dst)), result);
+FLATKERN_HD uint32_t apply_vectors(const Src* weight, Dst* out, const PhiloxRow& row,
+                                   uint32_t group, uint32_t count, float scale) {
+  // A vector's number makes its addresses in one wide multiply each.
+  const auto at = [](auto* first, uint32_t k) {
+    return global_pointer<std::remove_pointer_t<decltype(first)>>(
+        reinterpret_cast<uint64_t>(first) + uint64_t{k} * (kWarpCols * sizeof(*first)));
+  };
+  Packed<Src> loaded[kAhead<Src>] = {};
+#pragma unroll
+  for (uint32_t v = 0; v < kAhead<Src>; ++v) {
+    if (v < count) loaded[v] = load_packed(at(weight, v));
   }
-  return end - 4 * static_cast<int64_t>(last - group);
+  uint32_t left = 0;
+#pragma unroll 1
+  for (uint32_t k = 0; k < count; k += kAhead<Src>) {
+    opaque(k);
+#pragma unroll
+    for (uint32_t v = 0; v < kAhead<Src>; ++v) {
+      if (k + v >= count) break;
+      float value[kVector];
+      apply_noise<Op, Elementwise>(loaded[v], row, group + (k + v) * (kWarpCols / 4), scale, value);
+      // Its latency hides behind the noise of the vectors in between.
+      const uint32_t next = k + v + kAhead<Src>;
+      if (next < count) loaded[v] = load_packed(at(weight, next));
+      const Packed<Dst> result = round_packed<Dst>(value);
+      if (all_finite(result)) {
+        store_packed(at(out, k + v), result);
+      } else {
+        left |= 1u << (k + v);
+      }
+    }
+  }
+  return left;
 }
 
 // Columns [begin, end) of one row, one by one: tails, unaligned rows, and what is not finite.

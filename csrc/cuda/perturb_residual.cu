@@ -158,18 +158,18 @@ __global__ void __launch_bounds__(kChunkThreads<T>)
   __shared__ Staged<Vector> staged;
   const Place place = place_of(table, blockIdx.x);
   const ResidualArgs& args = table.tensors[place.tensor];
+  // W is on its way while the header is read.
+  const ChunkSpan span = args.span(place.block);
+  const Tile<T, Vector> tile(args.perturb, span, &staged);
+  Packed<T> weight[kThreadVectors<T>], noisy[kThreadVectors<T>];
+#pragma unroll
+  for (int v = 0; v < kThreadVectors<T>; ++v) weight[v] = tile.load(v);
   if (args.header->refused != 0) return;
   static_assert(kStreamRoom % 4 == 0);
 #pragma unroll
   for (uint32_t i = threadIdx.x; i < kStreamRoom / 4; i += kChunkThreads<T>) {
     reinterpret_cast<Bits128*>(stream)[i] = {};
   }
-
-  const ChunkSpan span = args.span(place.block);
-  const Tile<T, Vector> tile(args.perturb, span, &staged);
-  Packed<T> weight[kThreadVectors<T>], noisy[kThreadVectors<T>];
-#pragma unroll
-  for (int v = 0; v < kThreadVectors<T>; ++v) weight[v] = tile.load(v);
   uint32_t grid = 0;
   if constexpr (sizeof(T) == 4 && kPacks) grid = common_zeros(weight, others);
 

@@ -96,6 +96,12 @@ __global__ void __launch_bounds__(kChunkThreads<T>)
   __shared__ Staged<Vector> staged;
   const Place place = place_of(table, blockIdx.x);
   const ResidualArgs& args = table.tensors[place.tensor];
+  // S is on its way while the header, the directory and the payload are read, one after the other.
+  const ChunkSpan span = args.span(place.block);
+  const Tile<T, Vector> tile(args.perturb, span, &staged);
+  Packed<T> result[kThreadVectors<T>];
+#pragma unroll
+  for (int v = 0; v < kThreadVectors<T>; ++v) result[v] = tile.load(v);
   if (args.header->refused != 0) return;
   const uint32_t entry = args.directory()[place.block], offset = entry >> 2;
   const ChunkMode mode = static_cast<ChunkMode>(entry & 3u);
@@ -105,7 +111,6 @@ __global__ void __launch_bounds__(kChunkThreads<T>)
     atomicAdd(&args.header->mismatched, 1u);
     args.header->state = kFilled;
   };
-  const ChunkSpan span = args.span(place.block);
   const Payload payload = read_payload<T, kPacks>(
       args.pool + offset, offset < args.capacity ? args.capacity - offset : 0, mode, span.count());
   if (!payload.plausible) return refuse();
@@ -113,13 +118,10 @@ __global__ void __launch_bounds__(kChunkThreads<T>)
   for (uint32_t i = threadIdx.x; i < payload.stream_words; i += kChunkThreads<T>) {
     stream[i] = payload.stream[i];
   }
-  const Tile<T, Vector> tile(args.perturb, span, &staged);
-  Packed<T> result[kThreadVectors<T>];
   VectorBases<T> found[kThreadVectors<T>];
   uint32_t check = 0, own_bits = 0, sum = 0;
 #pragma unroll
   for (int v = 0; v < kThreadVectors<T>; ++v) {
-    result[v] = tile.load(v);
     check += check_of(result[v], tile.first + v * kVector);
   }
   if (kPacks && mode != ChunkMode::kRaw) {

@@ -217,7 +217,8 @@ def raise_for(op: str, header: Header) -> None:
     if header.refused:
         _raise_refusal(op, header.refused)
     _require_match(op, header)
-    if header.clean:
+    # Restored, nothing is missing any more.
+    if header.clean and header.state == FILLED:
         raise RuntimeError(
             f"{op}: residual has no room for {header.clean} chunks, which were not perturbed: "
             f"they need pool_bytes={4 * header.asked}, it has {4 * header.capacity}"

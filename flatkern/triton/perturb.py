@@ -49,14 +49,10 @@ def noisy_values(before, e, dtype: tl.constexpr, ELEMENTWISE: tl.constexpr, REST
 
 @triton.jit
 def _perturb_tile(
-    out,
-    weight,
-    state,
-    group,
-    scale,
-    after,
-    load_mask,
-    store_mask,
+    block,
+    noise,
+    tile,
+    mask,
     MOVE_BACK: tl.constexpr,
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
@@ -64,24 +60,24 @@ def _perturb_tile(
     ELEMENTWISE: tl.constexpr,
     RESTORE: tl.constexpr,
 ):
-    """One tile; `out` and `weight` are pointers [ROWS, VECTORS * WIDTH]."""
+    """One tile of `perturb_rows`, the columns of `mask` (None: all of them)."""
+    out, weight, row_mask = block
+    state, first_group, scale, after = noise
+    vector = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
+    column = tile * (VECTORS * WIDTH) + tl.arange(0, VECTORS * WIDTH)[None, :]
+    before = tl.load(weight + column, mask=mask)
+    group = first_group + (vector * (WIDTH // 4)).to(tl.uint32)
     e = noise_tile(state, group, scale, ROWS, VECTORS, WIDTH)
     if MOVE_BACK:
         e = e * after
-    before = tl.load(weight, mask=load_mask)
     noisy = noisy_values(before, e, out.dtype.element_ty, ELEMENTWISE, RESTORE)
-    tl.store(out, noisy, mask=store_mask)
+    tl.store(out + column, noisy, mask=row_mask if mask is None else row_mask & mask)
 
 
 @triton.jit
 def perturb_rows(
-    out,
-    weight,
-    state,
-    first_group,
-    scale,
-    after,
-    row_mask,
+    block,
+    noise,
     first,
     last,
     ALIGNED: tl.constexpr,
@@ -92,83 +88,40 @@ def perturb_rows(
     ELEMENTWISE: tl.constexpr,
     RESTORE: tl.constexpr,
 ):
-    """Columns [first, last) of a block of rows, counted from the first column of `first_group`.
+    """Columns [first, last) of a block of rows, counted from the first column of a group of noise.
 
-    `out`, `weight` are pointers [ROWS, 1] to that column; `weight` must be readable in every row,
-    `out` is written where `row_mask` is set. ALIGNED promises that `first` is 0, `last` a multiple
-    of WIDTH and every row aligned: then ordinary rows take whole vectors, in a loop without column
-    masks and at most UNROLL tiles with. All paths give the same bits.
+    `block` is (out, weight, row_mask): pointers [ROWS, 1] to that column; `weight` must be readable
+    in every row, `out` is written where `row_mask` is set. `noise` is (philox_row's state, that
+    first group, scale, after). ALIGNED promises that `first` is 0, `last` a multiple of WIDTH and
+    every row aligned: then ordinary rows take whole vectors, in a loop without column masks and at
+    most UNROLL tiles with. All paths give the same bits.
     """
-    vector = tl.arange(0, VECTORS)[None, :]
     column = tl.arange(0, VECTORS * WIDTH)[None, :]
-    groups: tl.constexpr = WIDTH // 4
     span: tl.constexpr = VECTORS * WIDTH
     tiles = (last + span - 1) // span
     done = 0
     if ALIGNED:
-        ordinary = tl.max((after != 1.0).to(tl.int32)) == 0
+        ordinary = tl.max((noise[3] != 1.0).to(tl.int32)) == 0
         done = tl.where(ordinary, tiles, 0)
         whole = tl.where(ordinary, last // (span * UNROLL), 0)
         for i in range(whole):
             for u in tl.static_range(UNROLL):
                 tile = i * UNROLL + u
                 _perturb_tile(
-                    out + (tile * span + column),
-                    weight + (tile * span + column),
-                    state,
-                    first_group + ((tile * VECTORS + vector) * groups).to(tl.uint32),
-                    scale,
-                    after,
-                    None,
-                    row_mask,
-                    False,
-                    ROWS,
-                    VECTORS,
-                    WIDTH,
-                    ELEMENTWISE,
-                    RESTORE,
+                    block, noise, tile, None, False, ROWS, VECTORS, WIDTH, ELEMENTWISE, RESTORE
                 )
         for u in tl.static_range(UNROLL):
             tile = whole * UNROLL + u
             if tile < done:
-                j = tile * span + column
                 # Cut between vectors, which keeps the accesses wide.
-                mask = j // WIDTH < last // WIDTH
+                mask = (tile * span + column) // WIDTH < last // WIDTH
                 _perturb_tile(
-                    out + j,
-                    weight + j,
-                    state,
-                    first_group + ((tile * VECTORS + vector) * groups).to(tl.uint32),
-                    scale,
-                    after,
-                    mask,
-                    row_mask & mask,
-                    False,
-                    ROWS,
-                    VECTORS,
-                    WIDTH,
-                    ELEMENTWISE,
-                    RESTORE,
+                    block, noise, tile, mask, False, ROWS, VECTORS, WIDTH, ELEMENTWISE, RESTORE
                 )
     for tile in range(done, tiles):
         j = tile * span + column
         mask = (j >= first) & (j < last)
-        _perturb_tile(
-            out + j,
-            weight + j,
-            state,
-            first_group + ((tile * VECTORS + vector) * groups).to(tl.uint32),
-            scale,
-            after,
-            mask,
-            row_mask & mask,
-            True,
-            ROWS,
-            VECTORS,
-            WIDTH,
-            ELEMENTWISE,
-            RESTORE,
-        )
+        _perturb_tile(block, noise, tile, mask, True, ROWS, VECTORS, WIDTH, ELEMENTWISE, RESTORE)
 
 
 @triton.jit(
@@ -222,35 +175,26 @@ def perturb_kernel(
     else:
         first, start = tl.maximum(shift - begin, 0).to(tl.int32), begin - shift
     last = tl.minimum(cols + shift - begin, chunk).to(tl.int32)
-    perturb_rows(
+    block = (
         out + row * (out_stride.to(tl.int64) * OUT_UNIT) + start,
         weight + row * (weight_stride.to(tl.int64) * WEIGHT_UNIT) + start,
-        state,
-        (group_offset + begin // 4).to(tl.uint32),
-        scale,
-        after,
         row_mask,
-        first,
-        last,
-        ALIGNED,
-        ROWS,
-        VECTORS,
-        WIDTH,
-        UNROLL,
-        ELEMENTWISE,
-        RESTORE,
+    )
+    noise = (state, (group_offset + begin // 4).to(tl.uint32), scale, after)
+    perturb_rows(
+        block, noise, first, last, ALIGNED, ROWS, VECTORS, WIDTH, UNROLL, ELEMENTWISE, RESTORE
     )
 
 
 def _launch_kernel(
+    out: Tensor,
     weight: Tensor,
     row_scale: Tensor,
     key: Tensor,
-    out: Tensor,
     elementwise: bool,
-    restore: bool,
     row_offset: int,
     col_offset: int,
+    restore: bool = False,
 ) -> None:
     rows, cols = weight.shape
     if rows == 0 or cols == 0:
@@ -301,7 +245,7 @@ def perturb_out(
     out: Tensor,
 ) -> None:
     """`perturb` into `out`, whose dtype is the result's; `out` may be the weight."""
-    _launch_kernel(weight, row_scale, key, out, elementwise, False, row_offset, col_offset)
+    _launch_kernel(out, weight, row_scale, key, elementwise, row_offset, col_offset)
 
 
 def perturb(
@@ -316,7 +260,7 @@ def perturb(
 ) -> Tensor:
     """W + e rounded once to `dtype` (default: the weight's); e = c_i z_ij (|W_ij|)."""
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    _launch_kernel(weight, row_scale, key, out, elementwise, False, row_offset, col_offset)
+    _launch_kernel(out, weight, row_scale, key, elementwise, row_offset, col_offset)
     return out
 
 
@@ -331,7 +275,7 @@ def perturb_(
     col_offset: int = 0,
 ) -> None:
     """`perturb` in place."""
-    _launch_kernel(weight, row_scale, key, weight, elementwise, False, row_offset, col_offset)
+    _launch_kernel(weight, weight, row_scale, key, elementwise, row_offset, col_offset)
 
 
 def restore_(
@@ -345,4 +289,4 @@ def restore_(
     col_offset: int = 0,
 ) -> None:
     """Undo `perturb_` up to rounding: S - e, or S / (1 + c_i z_ij sign(S)) if elementwise."""
-    _launch_kernel(weight, row_scale, key, weight, elementwise, True, row_offset, col_offset)
+    _launch_kernel(weight, weight, row_scale, key, elementwise, row_offset, col_offset, True)

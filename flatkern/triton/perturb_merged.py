@@ -66,14 +66,10 @@ def perturb_merged_kernel(
     tl.store(row_scale + row, c, mask=row < rows)
     scale, after = split_scale(c)
     row = row[:, None]
+    state = philox_row(key, (row + row_offset).to(tl.uint32))
     perturb_rows(
-        weight,
-        weight,
-        philox_row(key, (row + row_offset).to(tl.uint32)),
-        tl.full((1, 1), 0, tl.uint32),
-        scale[:, None],
-        after[:, None],
-        row < rows,
+        (weight, weight, row < rows),
+        (state, tl.full((1, 1), 0, tl.uint32), scale[:, None], after[:, None]),
         0,
         cols,
         ALIGNED,

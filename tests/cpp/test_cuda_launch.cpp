@@ -1,5 +1,6 @@
 // Launch shapes and index arithmetic of the CUDA kernels, which are pure functions, and the
 // emulator that runs the kernels in the other tests.
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -129,9 +130,17 @@ void test_all_finite(std::initializer_list<float> ordinary) {
 
 void test_grids() {
   CHECK(divide_up(0, 8) == 0 && divide_up(1, 8) == 1 && divide_up(8, 8) == 1, "divide_up");
-  CHECK(units_per_row(1) == 1 && units_per_row(kUnitCols) == 1, "one unit");
-  CHECK(units_per_row(kUnitCols + 1) == 2 && units_per_row(1ll << 34) == 1 << 22, "units");
-  static_assert(kUnitCols % (4 * kWarp) == 0);
+  for (const int log2 : {kShortUnitLog2, kLongUnitLog2}) {
+    const int64_t width = int64_t{1} << log2;
+    CHECK(units_per_row(1, log2) == 1 && units_per_row(width, log2) == 1, "one unit");
+    CHECK(units_per_row(width + 1, log2) == 2, "two units");
+    // Lanes count a unit's vectors in 32 bits, and start it with a whole step.
+    CHECK(width % kWarpCols == 0 && width / kWarpCols < 32, "steps of a unit");
+  }
+  CHECK(units_per_row(1ll << 34, kLongUnitLog2) == 1 << 22, "units");
+  // On 132 SMs: one layer, and the layers of a model.
+  CHECK(unit_log2(4096, 132) == kShortUnitLog2 && unit_log2(11008, 132) == kShortUnitLog2, "few");
+  CHECK(unit_log2(24 * 4096, 132) == kLongUnitLog2, "many");
   for (const int sm_count : {1, 2, 108, 132}) {
     for (const int64_t warps : {1ll, 7ll, 8ll, 9ll, 5000ll, 1ll << 40}) {
       const int64_t blocks = grid_blocks(warps, sm_count);
@@ -158,42 +167,43 @@ void test_fusion() {
   }
 }
 
-// Every unit has one warp, whatever the grid.
-void test_walks_cover() {
+// Every column of every row is in one unit.
+void test_units_cover() {
   for (const auto& [rows, cols] :
        {std::pair<int64_t, int64_t>{1, 1}, {7, 4096}, {5, 4097}, {3, 50000}, {100, 9000}}) {
-    for (const uint32_t warps : {1u, 3u, 8u, 32u, 1000u}) {
-      const Window w = window(rows, cols, 0, 0);
-      std::vector<int> visits(rows * units_per_row(cols));
-      for (uint32_t warp = 0; warp < warps; ++warp) {
-        for (UnitWalk walk(w, warp, warps); walk.inside(); walk.next()) {
-          ++visits[walk.row * units_per_row(cols) + walk.begin() / kUnitCols];
-        }
+    for (const int log2 : {kShortUnitLog2, kLongUnitLog2}) {
+      int64_t row = 0, column = 0;
+      for (uint64_t index = 0; row < rows; ++index) {
+        const Unit unit = unit_of(rows, cols, log2, index);
+        CHECK(unit.row == row && unit.begin == column && unit.end > column, "unit %lu", index);
+        column = unit.end == cols ? 0 : unit.end;
+        row += unit.end == cols;
+        const int64_t units = rows * units_per_row(cols, log2);
+        CHECK((row < rows) == (static_cast<int64_t>(index) + 1 < units), "all units");
       }
-      for (const int v : visits) CHECK(v == 1, "%ld x %ld, %u warps: %d", rows, cols, warps, v);
+      for (const uint64_t past : {0ull, 1ull, 7ull, 1ull << 32}) {
+        const Unit unit = unit_of(rows, cols, log2, rows * units_per_row(cols, log2) + past);
+        CHECK(unit.row == rows, "past the last");
+      }
     }
   }
 }
 
-// Against division in 64 bits, as far as the noise's coordinates reach.
-void test_walks_far() {
+// Against division in 64 bits, as far as weights may reach.
+void test_units_far() {
   std::mt19937_64 random(1);
-  for (int i = 0; i < 2000; ++i) {
+  const int64_t rows = (1ll << 32) - 1;
+  for (int i = 0; i < 200000; ++i) {
     const int64_t cols = 1 + static_cast<int64_t>(random() % (1ull << (1 + random() % 34)));
-    const Window w = window((1ll << 32) - 1, cols, 0, 0);
-    const uint64_t warps = 1 + random() % (1u << 20), per_row = units_per_row(cols);
-    uint64_t unit = random() % warps;
-    UnitWalk walk(w, static_cast<uint32_t>(unit), static_cast<uint32_t>(warps));
-    for (int step = 0; step < 100; ++step, unit += warps, walk.next()) {
-      const int64_t begin = static_cast<int64_t>(unit % per_row) * kUnitCols;
-      const bool right = walk.row == static_cast<int64_t>(unit / per_row) && walk.begin() == begin;
-      CHECK(right && begin < cols, "unit %lu of %lu in a row", unit, per_row);
-    }
+    const uint64_t per_row = units_per_row(cols, kShortUnitLog2);
+    const uint64_t index = random() % std::min<uint64_t>(rows * per_row, 1ull << 32);
+    const Unit unit = unit_of(rows, cols, kShortUnitLog2, index);
+    const int64_t begin = static_cast<int64_t>(index % per_row) << kShortUnitLog2;
+    const bool right = unit.row == static_cast<int64_t>(index / per_row) && unit.begin == begin;
+    CHECK(right && begin < unit.end && unit.end <= cols, "unit %lu of %lu", index, per_row);
   }
-  UnitWalk last(window(5, 1, 0, 0), 4, 1);
-  CHECK(last.inside(), "the last row");
-  last.next();
-  CHECK(!last.inside(), "past the last row");
+  // Indices that 32 bits would wrap around to the first rows.
+  CHECK(unit_of(rows, 1, kLongUnitLog2, 1ull << 32).row == rows, "past 2^32");
 }
 
 void test_row_scales() {
@@ -236,8 +246,8 @@ int main() {
   test_all_finite<Float16>({0.0f, 0x1p-24f, 0.05f, 250.0f});
   test_grids();
   test_fusion();
-  test_walks_cover();
-  test_walks_far();
+  test_units_cover();
+  test_units_far();
   test_row_scales();
   test_alignment();
   std::printf("%d failures\n", check::failures);

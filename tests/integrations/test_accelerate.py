@@ -17,6 +17,7 @@ SIGMA = 0.3
 ACCUMULATION = 3
 SIZES = (3, 3, 2)  # Of the groups that 8 micro-batches make.
 EPOCHS = 2
+pytestmark = pytest.mark.usefixtures("own_accelerate")
 MODES = ("virtual", "inplace")
 
 

@@ -13,7 +13,7 @@ import torch.multiprocessing
 ROOT = Path(__file__).parents[2]
 WORLDS = (2, 4)
 MODULES = ["distributed_checks", "distributed_fsdp_checks"]
-# The ranks are forks of a process that has these: importing them takes as long as the checks.
+# Ranks fork from a server that has imported these, which takes as long as the checks.
 IMPORTED_ONCE = [
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
@@ -28,12 +28,15 @@ for module in MODULES:
 
 
 def spawn(function, world, *arguments):
-    """Processes of (rank, world, *arguments)."""
+    """Processes of (rank, world, *arguments), which see no GPU: their group is gloo's."""
+    # Whoever asks for GPUs starts CUDA, which no fork survives; some of the imports do.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         torch.multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
         torch.multiprocessing.start_processes(
-            function, (world, *arguments), nprocs=world, start_method="forkserver"
+            function, (world, *arguments), nprocs=world, start_method=method
         )
 
 

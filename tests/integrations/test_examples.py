@@ -111,6 +111,7 @@ def test_lightning(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("own_accelerate")
 def test_a_loop_with_accelerate(tmp_path):
     noise = example("accelerate_loop").main(str(tmp_path), cpu=True)
     assert noise.step == 9

@@ -104,7 +104,8 @@ def test_a_model_that_transformers_quantised(tmp_path, config):
     )
     model = prepare_model_for_kbit_training(model)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    before, ids = storages(model), torch.arange(8)[None]
+    # bitsandbytes puts it on a GPU where there is one.
+    before, ids = storages(model), torch.arange(8, device=model.device)[None]
     noise = attach(model, sigma=0.3)
     assert len(noise.names) == 7
     model.train()

@@ -72,5 +72,5 @@ def check_all_forms(implementation, weight, scale, key, *, elementwise=False, **
     restored = expect(noisy, scale, key, sign=-1.0, **options)
     if not elementwise:
         assert flatkern.ops.restore_(weight, scale, key, **options) is None
-        tolerances.assert_perturbed(implementation, weight, restored, scale)
+        tolerances.assert_perturbed(implementation, weight, restored, scale, before=noisy)
     return noisy.cpu()

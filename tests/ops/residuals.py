@@ -1,8 +1,10 @@
 """What the tests of the residual share: round trips, and a residual's content by its layout."""
 
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import tolerances
 import torch
 
@@ -26,6 +28,15 @@ def gaussian(shape, dtype, device="cpu", seed=0, size=0.02):
 
 def constant(weight, c):
     return torch.full((weight.shape[0],), c, device=weight.device)
+
+
+@contextmanager
+def refused(residual, match):
+    """The call inside refuses; kernels of a GPU report to no host, so there the next check does."""
+    with pytest.raises(RuntimeError, match=match) as raised:  # noqa: PT012
+        yield raised
+        if residual.is_cuda:
+            flatkern.ops.check_residual(residual)
 
 
 def word(residual, offset, kind="<I"):

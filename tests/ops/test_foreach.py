@@ -7,6 +7,7 @@ import pytest
 import tolerances
 import torch
 from perturb_cases import DTYPES, make, make_key
+from residuals import refused
 
 import flatkern
 
@@ -171,8 +172,15 @@ def test_residuals(with_residual, pool_bytes):
     assert not any(map(flatkern.ops.residual.is_filled, together))
 
 
-def test_residual_that_is_filled_already(with_residual):
-    model, weights = with_residual, with_residual.copies()
+@pytest.fixture
+def refuses(with_residual, implementation):
+    if implementation.name == "cuda":
+        pytest.skip("refuses at check_residual: the tests of kernels that wait for nothing")
+    return with_residual
+
+
+def test_residual_that_is_filled_already(refuses):
+    model, weights = refuses, refuses.copies()
     residuals = new_residuals(weights)
     spare = weights[5].clone()
     scale_and_key = model.row_scales[5], model.keys[5]
@@ -184,9 +192,8 @@ def test_residual_that_is_filled_already(with_residual):
     assert_all_same_bits(residuals, before)
 
 
-def test_residual_that_is_empty(with_residual):
-    model = with_residual
-    weights = model.copies()
+def test_residual_that_is_empty(refuses):
+    model, weights = refuses, refuses.copies()
     residuals = new_residuals(weights)
     model.foreach("perturb_", weights, residuals=residuals)
     noisy = [weight.clone() for weight in weights]
@@ -196,20 +203,48 @@ def test_residual_that_is_empty(with_residual):
     assert_all_same_bits(weights, noisy)
 
 
+def others(values, i):
+    return [*values[:i], *values[i + 1 :]]
+
+
 def test_weight_that_changed_does_not_keep_the_others(with_residual):
     model, weights = with_residual, with_residual.copies()
     residuals = new_residuals(weights)
     model.foreach("perturb_", weights, residuals=residuals)
     kept = weights[6][0, 0].clone()
     weights[6][0, 0] = 77
-    with pytest.raises(RuntimeError, match=r"tensor 6: weight is not what perturb_ left: 1 chunks"):
+    with refused(residuals[6], "weight is not what perturb_ left: 1 chunks") as raised:
         model.foreach("restore_", weights, residuals=residuals)
-    others = [i for i in range(len(weights)) if i != 6]
-    assert_all_same_bits([weights[i] for i in others], [model.weights[i] for i in others])
+    assert residuals[6].is_cuda or "tensor 6" in str(raised.value)
+    assert_all_same_bits(others(weights, 6), others(model.weights, 6))
     weights[6][0, 0] = kept
     scale_and_key = model.row_scales[6], model.keys[6]
     flatkern.ops.restore_(weights[6], *scale_and_key, residual=residuals[6], **model.of_one(6))
     tolerances.assert_same_bits(weights[6], model.weights[6])
+
+
+@pytest.mark.parametrize("op", INPLACE)
+def test_kernels_that_wait_for_nothing_leave_out_what_they_refuse(
+    with_residual, implementation, op
+):
+    if implementation.name != "cuda":
+        pytest.skip("refuses at the call")
+    model, weights, i = with_residual, with_residual.copies(), 5
+    residuals, done, match = new_residuals(weights), model.weights, "residual is empty"
+    if op == "restore_":
+        model.foreach("perturb_", weights, residuals=residuals)
+        residuals[i] = flatkern.ops.new_residual(weights[i])
+    else:
+        done, match = model.loop("perturb_", model.copies()), "residual was filled"
+        spare = weights[i].clone()
+        flatkern.ops.perturb_(spare, model.row_scales[i], model.keys[i], residual=residuals[i])
+    before = weights[i].clone()
+    with refused(residuals[i], match):
+        model.foreach(op, weights, residuals=residuals)
+    tolerances.assert_same_bits(weights[i], before)
+    assert_all_same_bits(others(weights, i), others(done, i))
+    for residual in others(residuals, i):
+        flatkern.ops.check_residual(residual)
 
 
 @pytest.mark.parametrize("op", INPLACE)

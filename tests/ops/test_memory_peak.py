@@ -42,8 +42,9 @@ class Inputs:
         weight, noise = self.weight, (self.scale, self.key)
         merged = (*self.adapters, 0.1, self.key)
         if name == "noisy_linear":
-            # Two panels, as a product may copy one into its own layout, and gradients of adapters.
-            return self.linear, weight.nbytes // 4 + 2 * SMALL
+            # Two panels, as a product may copy one into its own layout, gradients of adapters, and
+            # what torch's products take for each thread.
+            return self.linear, weight.nbytes // 4 + 3 * SMALL
         if "residual" in name:
             residual = ops.new_residual(weight)
 

@@ -201,6 +201,23 @@ def test_a_sum_that_would_overflow_is_left_as_it_is(implementation, device, dtyp
     assert (noisy[downwards] < largest).all()
 
 
+def test_restore_of_the_largest_number_gives_it_back_or_leaves_the_sum(device):
+    """Half a unit in the last place, by which a sum was rounded up, is enough to overflow."""
+    largest = torch.finfo(torch.float32).max
+    weight = torch.full((1, 4000), largest, device=device)
+    scale, key = torch.full((1,), largest / 4, device=device), make_key(device)
+    flatkern.ops.perturb_(weight, scale, key)
+    noisy = weight.clone()
+    flatkern.ops.restore_(weight, scale, key)
+    moved, left = noisy != largest, weight == noisy
+    assert 0 < (moved & left).double().mean() < 0.5
+    tolerances.assert_within(
+        weight[moved & ~left],
+        torch.tensor(largest, dtype=torch.float64),
+        tolerances.ulp(largest, torch.float32),
+    )
+
+
 @pytest.mark.parametrize(("dtype", "lower"), LOWER[:2], ids=str)
 def test_special_values_during_the_cast(implementation, device, dtype, lower):
     specials = torch.cat([special_weights(dtype), special_weights(lower).to(dtype)])

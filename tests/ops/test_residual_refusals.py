@@ -301,6 +301,7 @@ def test_pool_that_is_full(device, dtype, missing, threads):
         expected = window.clean if mode == 0 else noisy
         tolerances.assert_same_bits(window.weight[place], expected[place])
     window.assert_still_restores()
+    ops.check_residual(window.residual)
     # Grown to what was asked for, the same window fits.
     grown = ops.new_residual(window.weight, 4 * content.asked)
     ops.perturb_(window.weight, residual=grown, **window.arguments)
