@@ -26,7 +26,11 @@ using OptionalDtype = std::optional<at::ScalarType>;
 
 constexpr const char* kOp = "noisy_linear";
 
+struct NoisyLinearCpu;
+struct NoisyLinearCuda;
+
 struct Cpu {
+  using Node = NoisyLinearCpu;
   static constexpr const char* kNoisyLinear = "flatkern_cpu::noisy_linear";
   static constexpr const char* kBackward = "flatkern_cpu::noisy_linear_backward";
   static constexpr auto perturb_panel = cpu::perturb_panel;
@@ -34,6 +38,7 @@ struct Cpu {
 
 #ifdef FLATKERN_CUDA_VERSION
 struct Cuda {
+  using Node = NoisyLinearCuda;
   static constexpr const char* kNoisyLinear = "flatkern_cuda::noisy_linear";
   static constexpr const char* kBackward = "flatkern_cuda::noisy_linear_backward";
   static constexpr auto perturb_panel = cuda::perturb_panel;
@@ -139,7 +144,7 @@ struct Rest {
 };
 
 template <class Backend>
-struct Node : torch::autograd::Function<Node<Backend>> {
+struct Steps {
   using Context = torch::autograd::AutogradContext;
   using Variables = torch::autograd::variable_list;
 
@@ -163,7 +168,7 @@ struct Node : torch::autograd::Function<Node<Backend>> {
     const Rest rest{scaling,     row_scale,   key,        elementwise, compute_dtype,
                     panel_bytes, block_bytes, row_offset, col_offset};
     if (asked && at::GradMode::is_enabled())
-      return Node::apply(x, weight, bias, lora_A, lora_B, rest);
+      return Backend::Node::apply(x, weight, bias, lora_A, lora_B, rest);
     return below(x, weight, bias, lora_A, lora_B, rest);
   }
 
@@ -263,6 +268,12 @@ struct Node : torch::autograd::Function<Node<Backend>> {
   }
 };
 
+// What autograd's graph names.
+struct NoisyLinearCpu : torch::autograd::Function<NoisyLinearCpu>, Steps<Cpu> {};
+#ifdef FLATKERN_CUDA_VERSION
+struct NoisyLinearCuda : torch::autograd::Function<NoisyLinearCuda>, Steps<Cuda> {};
+#endif
+
 // What a layer calls: under autocast x is cast, and the noise added in the cast, as nn.Linear would
 // cast its weight.
 template <class Backend>
@@ -298,10 +309,10 @@ NoisyLayer* noisy_layer(c10::DeviceType device) {
 
 // For all devices: where the tensors are not on one, the checks say so.
 TORCH_LIBRARY_IMPL(flatkern_cpu, CompositeExplicitAutograd, m) { register_below<Cpu>(m); }
-TORCH_LIBRARY_IMPL(flatkern_cpu, Autograd, m) { m.impl("noisy_linear", Node<Cpu>::call); }
+TORCH_LIBRARY_IMPL(flatkern_cpu, Autograd, m) { m.impl("noisy_linear", Steps<Cpu>::call); }
 #ifdef FLATKERN_CUDA_VERSION
 TORCH_LIBRARY_IMPL(flatkern_cuda, CompositeExplicitAutograd, m) { register_below<Cuda>(m); }
-TORCH_LIBRARY_IMPL(flatkern_cuda, Autograd, m) { m.impl("noisy_linear", Node<Cuda>::call); }
+TORCH_LIBRARY_IMPL(flatkern_cuda, Autograd, m) { m.impl("noisy_linear", Steps<Cuda>::call); }
 #endif
 
 }  // namespace flatkern

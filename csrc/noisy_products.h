@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/ScalarOps.h>
 
 #include <algorithm>
 #include <optional>
@@ -66,17 +67,15 @@ struct NoisyWeight {
     const int64_t rows = weight.size(0), cols = weight.size(1);
     const int64_t step = step_of(rows, cols * c10::elementSize(dtype), panel_bytes);
     const at::Tensor scratch = at::empty({std::min(step, rows) * cols}, x.options());
-    const auto transposed = [&](int64_t begin, int64_t end) {
+    const auto panel = [&](int64_t begin, int64_t end) {
       perturb(scratch, begin, 0, end - begin, cols);
-      return scratch.as_strided({cols, end - begin}, {1, cols});
+      return scratch.as_strided({end - begin, cols}, {cols, 1});
     };
-    if (step >= rows) {
-      const at::Tensor noisy = transposed(0, rows);
-      return bias ? at::addmm(*bias, x, noisy) : at::mm(x, noisy);
-    }
+    // The op that a plain layer calls: in 16 bits its bits are not always those of a sum of two.
+    if (step >= rows) return at::linear(x, panel(0, rows), bias);
     const at::Tensor y = at::empty({x.size(0), rows}, x.options());
     for_steps(rows, step, [&](int64_t begin, int64_t end) {
-      const at::Tensor noisy = transposed(begin, end);
+      const at::Tensor noisy = panel(begin, end).t();
       at::Tensor out = y.slice(1, begin, end);
       if (bias) {
         at::addmm_out(out, bias->slice(0, begin, end), x, noisy);
@@ -136,9 +135,11 @@ struct Adapters {
   // y [tokens, m] += s (x A^T) B^T, rounded to y's dtype once.
   void add_product(const at::Tensor& y, const at::Tensor& x) const {
     const at::Tensor transposed_A = lora_A.t(), transposed_B = lora_B.t();
+    // As Python does it: mul_ of a scalar would round that to 16 bits.
+    const at::Tensor factor = at::native::wrapped_scalar_tensor(scaling);
     for_steps(x.size(0), tokens_at_a_time(x.size(0)), [&](int64_t begin, int64_t end) {
       const at::Tensor here = rows_of(x, begin, end).to(lora_A.scalar_type());
-      const at::Tensor branch = at::mm(at::mm(here, transposed_A), transposed_B).mul_(scaling);
+      const at::Tensor branch = at::mm(at::mm(here, transposed_A), transposed_B).mul_(factor);
       rows_of(y, begin, end).add_(branch);
     });
   }
