@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatkern.ops.noisy_linear import (
-    autocast_dtype,
-    call_noisy_linear,
-    call_noisy_linear_backward,
-    explained,
-)
+from flatkern.ops._autocast import autocast_dtype
+from flatkern.ops._noisy_derivative import call_noisy_linear_backward, explained
+from flatkern.ops.noisy_linear import call_noisy_linear
 
 # Elements that are dequantised at a time where a library's own temporaries are larger than the
 # result, and rows in whole blocks of any format.

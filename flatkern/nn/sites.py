@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 
+from flatkern.ops._autocast import autocast_dtype
 from flatkern.ops._noisy_linear import scratch_of
-from flatkern.ops.noisy_linear import NATIVE_LAYERS, autocast_dtype, call_noisy_linear
+from flatkern.ops.noisy_linear import NATIVE_LAYERS, call_noisy_linear
 
 # The attribute under which a module of another library has its site; a plain object in the
 # module's __dict__, so that no state_dict names it.

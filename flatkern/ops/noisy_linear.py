@@ -4,23 +4,16 @@ The noisy weight is generated panel by panel into bounded scratch, and each pane
 the vendor's product. Backward regenerates the same noise, so nothing of size m x n is saved.
 """
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, NoReturn
-
 import torch
 from torch import Tensor
 
 from flatkern import _backend
 from flatkern.ops import _check
+from flatkern.ops._autocast import autocast_dtype, autocast_off
 from flatkern.ops._library import NATIVE_NAMESPACES, call, define, differentiate, implement, native
+from flatkern.ops._noisy_derivative import Derivative, NoSecondDerivative
 from flatkern.ops._noisy_linear import Adapters, NoisyWeight, flat, scratch_of
 from flatkern.ops.perturb import check_values
-
-# Evaluated at import: torch 2.11's Dynamo cannot trace this call.
-_AUTOCAST_DEVICES = frozenset(
-    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
-)
 
 _OPTIONS = (
     "bool elementwise=False, int? scratch_bytes=None, SymInt row_offset=0, SymInt col_offset=0, "
@@ -161,7 +154,7 @@ def call_noisy_linear(
             return run(*operands, elementwise, compute_dtype, *sizes, row_offset, col_offset)
     return call(
         "noisy_linear",
-        _Derivative,
+        Derivative,
         *operands,
         elementwise=elementwise,
         scratch_bytes=scratch_bytes,
@@ -170,28 +163,6 @@ def call_noisy_linear(
         compute_dtype=compute_dtype,
         backend=backend,
     )
-
-
-def call_noisy_linear_backward(*arguments: Any, **options: Any) -> list[Tensor]:
-    """`torch.ops.flatkern.noisy_linear_backward`, inside torch.func's transforms too."""
-    return call("noisy_linear_backward", _NoSecondDerivative, *arguments, **options)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for where x enters a product, or None to leave it."""
-    device_type = x.device.type
-    if x.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
-        return None
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
-    """Products in the dtypes that they are given; costs nothing where autocast is off anyway."""
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _check_call(
@@ -276,7 +247,7 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options
         return run(*operands, *_native_options(weight.device.type, **options))
     _check_call(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options)
     noisy = _noisy_weight(weight, row_scale, key, **options)
-    with _autocast_off(x.device.type):
+    with autocast_off(x.device.type):
         x2 = flat(x)
         # Adapters take x as it came, unless autocast rounds it for them as well.
         base_x = x2.to(noisy.dtype)
@@ -307,7 +278,7 @@ def _backward(
     noisy = _noisy_weight(weight, row_scale, key, **options)
     found = []
     grad_x = None
-    with _autocast_off(grad.device.type):
+    with autocast_off(grad.device.type):
         grad2 = flat(grad)
         base_grad = grad2.to(noisy.dtype)
         x2 = flat(x) if need_A or need_B else None
@@ -380,104 +351,8 @@ def _examples(op, info, in_dims, arguments, options):
         yield getattr(torch.ops.flatkern, op)(*here, **options)
 
 
-def _refuse_forward_mode() -> NoReturn:
-    raise RuntimeError(
-        "noisy_linear: forward-mode derivatives are not supported; take them in reverse, "
-        "or perturb the weight in place"
-    )
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say what autograd's error means when backward comes too late."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        # The text of csrc/noisy_linear.cpp.
-        raise RuntimeError(
-            "noisy_linear: backward after the noise window of its forward was closed, or after "
-            "something that it needs was written; call backward inside the window "
-            f"({error})"
-        ) from error
-
-
-class _Derivative(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> Tensor:
-        return below(*arguments, **options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, options, x, weight, bias, lora_A, lora_B, ctx.scaling, row_scale, key = inputs
-        need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[2:7]
-        # Only what a gradient that is asked for needs; the key, so that a late backward is noticed.
-        x = x if need_weight or need_A or need_B else None
-        adapters = (lora_A, lora_B) if need_x or need_A or need_B else (None, None)
-        ctx.save_for_backward(x, weight, *adapters, row_scale, key)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.options = options
-        # Backward must see the forward's noise, whatever is chosen by then.
-        if options.get("backend") in (None, "auto"):
-            backend = _backend.resolve(weight.device.type, weight.dtype)
-            ctx.options = options | {"backend": backend}
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with explained():
-            x, weight, lora_A, lora_B, row_scale, key = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[2:7]
-        gradients = [None] * 5
-        if need_x or need_A or need_B:
-            adapted = lora_A, lora_B, ctx.scaling, row_scale, key
-            arguments = grad, x, weight, *adapted, need_x, need_A, need_B
-            found = iter(call_noisy_linear_backward(*arguments, **ctx.options))
-            for index, need in ((0, need_x), (3, need_A), (4, need_B)):
-                if need:
-                    gradients[index] = next(found)
-        if need_weight or need_bias:
-            dtype = ctx.options.get("compute_dtype") or weight.dtype
-            with _autocast_off(grad.device.type):
-                grad2 = flat(grad).to(dtype)
-                if need_weight:
-                    gradients[1] = (grad2.t() @ flat(x).to(dtype)).to(weight.dtype)
-                if need_bias:
-                    gradients[2] = grad2.sum(0).to(ctx.bias_dtype)
-        return None, None, *gradients, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        _refuse_forward_mode()
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(below(*arguments, **options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        _refuse_forward_mode()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "noisy_linear: second derivatives are not supported; "
-            "perturb the weight in place to take them"
-        )
-
-
-differentiate("noisy_linear", _Derivative)
+differentiate("noisy_linear", Derivative)
 for _namespace in ("flatkern", *NATIVE_NAMESPACES):
-    differentiate("noisy_linear_backward", _NoSecondDerivative, _namespace)
+    differentiate("noisy_linear_backward", NoSecondDerivative, _namespace)
 torch.library.register_vmap("flatkern::noisy_linear", _batched_forward)
 torch.library.register_vmap("flatkern::noisy_linear_backward", _batched_backward)
