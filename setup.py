@@ -137,7 +137,7 @@ def extension() -> dict:
     if version is None:
         return pure_python("no C++ compiler was found")
 
-    sources = ["csrc/module.cpp", *files("csrc/cpu/*.cpp")]
+    sources = [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")]
     macros = {
         "FLATKERN_TORCH_VERSION": torch.__version__,
         "FLATKERN_COMPILER": version,

@@ -2,11 +2,9 @@
 
 from collections import Counter
 
-import torch
 from tabulate import tabulate
 
 from bench.gpu_ops import FLATKERN, LAYERS, MODEL_OPS, OPS, Cell
-from flatkern.ops import _cost
 
 # Bytes per second of a device copy, read plus write, on which the predictions rest.
 COPY_RATE = {"H100": 3.0e12, "H200": 4.3e12}
@@ -103,7 +101,6 @@ def linear_table(outcomes: Outcomes) -> str:
         line += [
             _microseconds(outcomes, cell),
             expected if expected == "none" else f"+{expected} %",
-            predicted_fused(cell),
         ]
         plain = _seconds(outcomes, cell)
         for name in FLATKERN:
@@ -113,17 +110,7 @@ def linear_table(outcomes: Outcomes) -> str:
             line.append(ratio or _microseconds(outcomes, own_cell))
         lines.append(line)
     headers = ["weight", "tokens", "direction", "predicted product us", "product us"]
-    return _markdown(lines, [*headers, "predicted with noise", "predicted fused", *FLATKERN])
-
-
-def predicted_fused(cell: Cell) -> str:
-    """What noise adds on an H100 where Triton's product makes it; empty where it is not chosen."""
-    sizes, transposed = (cell.tokens, cell.rows, cell.cols), cell.op.endswith("backward")
-    if _cost.choose(*sizes, torch.bfloat16, (9, 0), transposed=transposed) != "fused":
-        return ""
-    device = _cost.DEVICES[9]
-    plain = _cost.LAUNCH_SECONDS + _cost.product_seconds(*sizes, device)
-    return f"{_cost.fused_seconds(*sizes, device, transposed) / plain - 1:+.0%}"
+    return _markdown(lines, [*headers, "predicted with noise", *FLATKERN])
 
 
 def claims_table(outcomes: Outcomes, device: str) -> str:

@@ -18,11 +18,6 @@ from triton.compiler import ASTSource
 from bench.sass import Report, analyse
 from flatkern import triton as kernels
 from flatkern.triton.noise import noise_kernel, philox_bits_kernel
-from flatkern.triton.noisy_linear import (
-    noisy_linear_grad_x_kernel,
-    noisy_linear_kernel,
-    noisy_linear_sum_kernel,
-)
 from flatkern.triton.perturb import perturb_kernel
 from flatkern.triton.perturb_merged import perturb_merged_kernel
 from flatkern.triton.row_norm import row_norm_kernel
@@ -30,9 +25,6 @@ from flatkern.triton.row_norm import row_norm_kernel
 JIT = (
     noise_kernel,
     philox_bits_kernel,
-    noisy_linear_kernel,
-    noisy_linear_grad_x_kernel,
-    noisy_linear_sum_kernel,
     perturb_kernel,
     perturb_merged_kernel,
     row_norm_kernel,
@@ -162,17 +154,6 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
                 found[f"row_norm {name} rank {rank}"] = norm, size
                 if weight.shape[1] * size <= 8192:
                     found[f"perturb_merged_ {name} rank {rank}"] = merged, size
-    # The largest block of tokens has the most registers to spill.
-    x, scale = tensor(torch.bfloat16, 256), torch.empty(COLS)
-    for dtype in (torch.bfloat16, torch.float32):
-        weight = tensor(dtype, COLS)
-
-        def product(op, weight=weight):
-            return lambda: op(x, weight, scale, key)
-
-        found[f"noisy_linear {NAMES[dtype]}"] = product(kernels.noisy_linear), 2
-        if dtype == torch.bfloat16:
-            found[f"noisy_linear_grad_x {NAMES[dtype]}"] = product(kernels.noisy_linear_grad_x), 2
     return found
 
 
@@ -195,9 +176,6 @@ def report_of(launch: Launch, arch: int, element_bytes: int, name: str) -> Repor
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compile_for(launch, arch))
         (found,) = analyse(cubin, element_bytes)
-    if name.startswith("noisy_linear"):
-        # What they store, once, says nothing of the loop over the weight.
-        found = replace(found, per_element=None)
     return replace(found, kernel=f"Triton {name}")
 
 

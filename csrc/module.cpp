@@ -1,7 +1,11 @@
-// flatkern._C: what was built. Loading it registers the kernels.
+// flatkern._C: what was built, and the way into it that layers take, without the parsing of a
+// schema. Loading it registers the kernels.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "cpu/kernels.h"
+#include "noisy_linear.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of flatkern, registered as torch ops when this module loads.";
@@ -27,4 +31,10 @@ PYBIND11_MODULE(_C, m) {
       },
       "torch version, compiler, flags, CPU instruction set in use, and the CUDA build or why "
       "none.");
+  m.def("noisy_layer_cpu", flatkern::noisy_layer(c10::DeviceType::CPU),
+        pybind11::call_guard<pybind11::gil_scoped_release>());
+#ifdef FLATKERN_CUDA_VERSION
+  m.def("noisy_layer_cuda", flatkern::noisy_layer(c10::DeviceType::CUDA),
+        pybind11::call_guard<pybind11::gil_scoped_release>());
+#endif
 }

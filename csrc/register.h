@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "noisy_linear.h"
 #include "residual.h"
 
 namespace flatkern {
@@ -144,6 +145,20 @@ struct Ops {
         at::empty(weight.sizes(), weight.options().dtype(dtype.value_or(weight.scalar_type())));
     perturb_out(weight, row_scale, key, elementwise, row_offset, col_offset, out);
     return out;
+  }
+
+  static void perturb_panel(const NoisyPanel& panel, const at::Tensor& out) {
+    check_matrix(panel.weight);
+    TORCH_CHECK(out.is_contiguous() && out.numel() >= panel.rows * panel.cols, Backend::kName,
+                ": out must be dense and of the panel's size");
+    const int64_t first = panel.row * panel.weight.stride(0) + panel.col;
+    const auto* bytes = static_cast<const uint8_t*>(panel.weight.const_data_ptr());
+    Backend::perturb(out,
+                     {{window_of(panel.words, panel.rows, panel.cols, panel.row_offset + panel.row,
+                                 panel.col_offset + panel.col),
+                       bytes + first * panel.weight.element_size(), out.mutable_data_ptr(),
+                       dtype_of(panel.weight), dtype_of(out), panel.weight.stride(0), panel.cols,
+                       panel.row_scale.const_data_ptr<float>() + panel.row, panel.elementwise}});
   }
 
   // Whether two of the tensors may share memory that is written: then they are written one after

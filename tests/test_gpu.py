@@ -102,6 +102,52 @@ def test_a_graph_of_a_training_step_sees_each_windows_noise(backend, autocast):
     assert len(losses) == 2
 
 
+def graphed_losses(recipe):
+    """Losses of a few steps by a recipe of docs/graphs.md, or without graphs (None)."""
+    torch.manual_seed(0)
+    layers = [flatkern.nn.LoRALinear(64, 64, device="cuda") for _ in range(2)]
+    model = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1])
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, noise = torch.optim.SGD(trained, lr=0.1), flatkern.WeightNoise(model, 0.3)
+    batches = [torch.randn(40, 64, device="cuda") for _ in range(4)]
+    forward = torch.compile(model, mode="reduce-overhead") if recipe == "compile" else model
+    x, losses = torch.empty_like(batches[0]), []
+    loss = torch.zeros((), device="cuda")
+
+    def gradients():
+        value = forward(x).square().mean()
+        value.backward()
+        loss.copy_(value.detach())
+
+    if recipe == "capture":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), noise.window(step=0):
+            gradients()
+        torch.cuda.current_stream().wait_stream(stream)
+        optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with noise.window(step=0), torch.cuda.graph(graph):
+            gradients()
+    for step, batch in enumerate(batches):
+        x.copy_(batch)
+        with noise.window(step=step):
+            graph.replay() if recipe == "capture" else gradients()
+        optimizer.step()
+        if recipe != "capture":
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("recipe", ["capture", "compile"])
+def test_whole_steps_in_graphs(backend, recipe):
+    expected = graphed_losses(None)
+    torch.testing.assert_close(graphed_losses(recipe), expected, rtol=1e-4, atol=0)
+
+
 def test_nothing_synchronises(backend):
     arguments = problem()
     all_ops(*arguments)
@@ -409,48 +455,3 @@ def test_auto_takes_the_compiled_kernels():
     usable = flatkern.available_backends("cuda")
     assert info["auto"]["cuda"] == usable[0]
     assert usable[0] in ("cuda", "triton"), info["backends"]
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("tokens", [1, 64, 100, 256, 300])
-@pytest.mark.parametrize(("rows", "cols", "offset"), [(4096, 512, 0), (300, 523, 3)])
-def test_products_that_make_their_noise(dtype, tokens, rows, cols, offset):
-    if "triton" not in flatkern.available_backends("cuda"):
-        pytest.skip("triton is not usable here")
-    kernels = pytest.importorskip("flatkern.triton")
-    weight, _, _, scale, key = problem(rows, cols, dtype)
-    options = {"row_offset": 5, "col_offset": offset}
-    noisy = kernels.perturb(weight, scale, key, **options)
-    # Tensor cores add exact products in float32, in an order of their own.
-    units = torch.eye(cols, dtype=dtype, device="cuda")[:tokens]
-    y = kernels.noisy_linear(units, weight, scale, key, **options)
-    assert torch.equal(y, noisy.t()[:tokens])
-    for op, length, matrix in (
-        (kernels.noisy_linear, cols, noisy.t()),
-        (kernels.noisy_linear_grad_x, rows, noisy),
-    ):
-        x = torch.randn(tokens, length, device="cuda").to(dtype)
-        got = op(x, weight, scale, key, **options)
-        exact, size = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
-        bound = torch.finfo(dtype).eps * exact.abs() + (length + 2) * 2.0**-24 * size
-        assert ((got.double() - exact).abs() <= bound).all()
-        assert torch.equal(op(x, weight, scale, key, **options), got), "sums have one order"
-
-
-def test_few_tokens_take_the_fused_product(monkeypatch):
-    if "triton" not in flatkern.available_backends("cuda"):
-        pytest.skip("triton is not usable here")
-    kernels = pytest.importorskip("flatkern.triton")
-    called = []
-    for name in ("noisy_linear", "noisy_linear_grad_x"):
-        kernel = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels,
-            name,
-            lambda *a, name=name, kernel=kernel, **k: called.append(name) or kernel(*a, **k),
-        )
-    monkeypatch.setattr("flatkern.ops._noisy_linear.choose", lambda *a, **k: "fused")
-    weight, lora_A, lora_B, scale, key = problem()
-    with flatkern.backend("triton"):
-        all_ops(weight, lora_A, lora_B, scale, key)
-    assert called == ["noisy_linear", "noisy_linear_grad_x"]

@@ -60,9 +60,6 @@ TRITON_CEILINGS = {
     "restore elementwise": 44.0,
     "perturb_merged": 20.5,
 }
-# Of a whole product with noise: two copies of the noise of a tile, for the loop's last turn, are
-# about 600 of them.
-TRITON_PRODUCT_INSTRUCTIONS = 2500
 # Bytes of stack. What the fused kernels spill is around what only rows at the ends of float32 run.
 CUDA_STACK = {"perturb_merged_kernel": 40, "row_norm_kernel": 32, "row_norm_mma_kernel": 32}
 TRITON_FUSED_STACK = 288
@@ -107,10 +104,6 @@ def test_triton(triton_reports, name, arch):
     assert_no_spills(report)
     if op == "row_norm":
         assert "128" in report.loads
-    elif op.startswith("noisy_linear"):
-        # Where a loop stores, it is not the one that loads.
-        assert report.loop or "128" in report.loads
-        assert report.instructions <= TRITON_PRODUCT_INSTRUCTIONS
     elif op == "philox_bits":
         # Not in any training step; the oldest Triton pairs its words through shared memory.
         assert set(report.stores) == {"128"}
@@ -191,7 +184,7 @@ def test_no_cuda_kernel_fuses_the_noise_with_a_sum(cuda_reports):
 def test_no_triton_kernel_fuses_the_noise_with_a_sum(triton_reports):
     noisy = [report for report in triton_reports.values() if report.cosines]
     names = {report.kernel.split()[1] for report in noisy}
-    assert names >= {"perturb_", "restore_", "perturb", "perturb_merged_", "noisy_linear"}
+    assert names >= {"perturb_", "restore_", "perturb", "perturb_merged_"}
     fused = {(report.kernel, report.arch) for report in noisy if report.fused}
     version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     if version < (3, 8):

@@ -92,6 +92,10 @@ struct Backend {
 
 }  // namespace
 
+void perturb_panel(const NoisyPanel& panel, const at::Tensor& out) {
+  Ops<Backend>::perturb_panel(panel, out);
+}
+
 TORCH_LIBRARY_IMPL(flatkern_cuda, CUDA, m) { Ops<Backend>::register_in(m); }
 
 }  // namespace flatkern::cuda

@@ -206,16 +206,19 @@ class PeftSite(Bystander):
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """x W^T + b, W as an open window shows it; with the adapters disabled, clean."""
-        base, window = self.layer.base_layer, self._window
-        if window is not None and window.perturbed and self.layer.disable_adapters:
+        layer, window = self.layer, self._window
+        base = layer.base_layer
+        if window is None:
+            return type(base).forward(base, x)
+        if window.perturbed and layer.disable_adapters:
             return F.linear(x, self._clean_weight(window), base.bias)
-        if window is None or not window.noisy or self.layer.disable_adapters:
+        if not window.noisy or layer.disable_adapters:
             return type(base).forward(base, x)
         if self.quantized is not None:
             return quantized.noisy_product(window, x, self.quantized)
         product = noisy_product(window, x, base.weight, base.bias)
         # AdaLoRA adds in place, which autograd refuses on the op's output.
-        return product.clone() if isinstance(self.layer, adalora.SVDLinear) else product
+        return product.clone() if isinstance(layer, adalora.SVDLinear) else product
 
     def _clean_weight(self, window: Any) -> Tensor:
         if window.perturbed and window.sharded_linear and not shards.is_sharded(self.weight):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.nn.sites import mark_called
-from flatkern.ops.noisy_linear import autocast_dtype
+from flatkern.ops._autocast import autocast_dtype
+from flatkern.ops._noisy_derivative import call_noisy_linear_backward, explained
+from flatkern.ops.noisy_linear import call_noisy_linear
 
 # Elements that are dequantised at a time where a library's own temporaries are larger than the
 # result, and rows in whole blocks of any format.
@@ -260,22 +262,21 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_scale, key)
         ctx.weight, ctx.options = weight, options
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         operands = weight.dequantize(options["compute_dtype"]), bias, None, None, 1.0
-        return torch.ops.flatkern.noisy_linear(x, *operands, row_scale, key, **options)
+        return call_noisy_linear(x, *operands, row_scale, key, **options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        row_scale, key = ctx.saved_tensors
+        with explained():
+            row_scale, key = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # Without adapters the op asks x for its shape and dtype alone.
-            x = grad.new_empty((), dtype=ctx.x_dtype).expand(ctx.x_shape)
             operands = ctx.weight.dequantize(ctx.options["compute_dtype"]), None, None, 1.0
             needs = True, False, False
-            (grad_x,) = torch.ops.flatkern.noisy_linear_backward(
-                grad, x, *operands, row_scale, key, *needs, **ctx.options
+            # Without adapters no gradient needs x.
+            (grad_x,) = call_noisy_linear_backward(
+                grad, None, *operands, row_scale, key, *needs, **ctx.options
             )
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)

@@ -257,14 +257,21 @@ class LoRALinear(nn.Module):
 
     def _adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + s B A)^T + b without dropout, W as an open window shows it."""
-        if self._is_noisy():
-            return self._noisy(x, bias, *self.factors())
-        result = F.linear(x, self.weight, bias)
-        return result if self.merged else self._add_branch(result, self._wide(x))
+        window = self._window
+        if window is None or not window.noisy:
+            result = F.linear(x, self.weight, bias)
+            return result if self.merged else self._add_branch(result, self._wide(x))
+        if torch.compiler.is_compiling():
+            # In plain operations the low-rank part is the compiler's to fuse.
+            return self._add_branch(self._base(x, bias), self._wide(x))
+        return noisy_product(window, x, self.weight, bias, *self.factors(), self.scaling)
 
     def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b, W as an open window shows it."""
-        return self._noisy(x, bias) if self._is_noisy() else F.linear(x, self.weight, bias)
+        window = self._window
+        if window is None or not window.noisy:
+            return F.linear(x, self.weight, bias)
+        return noisy_product(window, x, self.weight, bias)
 
     def _add_branch(self, result: Tensor, x: Tensor) -> Tensor:
         lora_A, lora_B = self.factors()
@@ -273,18 +280,6 @@ class LoRALinear(nn.Module):
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(self.lora_A.dtype)
-
-    def _is_noisy(self) -> bool:
-        return self._window is not None and self._window.noisy
-
-    def _noisy(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor | None = None,
-        lora_B: Tensor | None = None,
-    ) -> Tensor:
-        return noisy_product(self._window, x, self.weight, bias, lora_A, lora_B, self.scaling)
 
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""

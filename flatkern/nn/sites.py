@@ -4,8 +4,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
 
-from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
+from flatkern.ops._autocast import autocast_dtype
+from flatkern.ops._noisy_linear import scratch_of
+from flatkern.ops.noisy_linear import NATIVE_LAYERS, call_noisy_linear
 
 # The attribute under which a module of another library has its site; a plain object in the
 # module's __dict__, so that no state_dict names it.
@@ -89,9 +92,17 @@ def noisy_product(
 ) -> Tensor:
     """x (W_noisy + s B A)^T + b with the window's noise, in the dtype that nn.Linear would give."""
     mark_called(window)
+    sharded = window.sharded_linear
+    if not (sharded or torch.compiler.is_compiling() or _are_functorch_transforms_active()):
+        backend = window.backend
+        if (run := NATIVE_LAYERS.get(backend)) is not None:
+            return run(
+                *(x, weight, bias, lora_A, lora_B, scaling),
+                *(window.row_scale, window.key, window.elementwise),
+                *scratch_of(backend, None),
+            )
     dtype = autocast_dtype(x)
-    run = window.sharded_linear or call_noisy_linear
-    return run(
+    return (sharded or call_noisy_linear)(
         # The op returns x's dtype; F.linear would return autocast's.
         x if dtype is None else x.to(dtype),
         weight,

@@ -16,16 +16,21 @@ from torch.autograd import forward_ad
 
 from flatkern import _backend, reference
 
-_NATIVE = ("cpu", "cuda")
+NATIVE_NAMESPACES = ("flatkern_cpu", "flatkern_cuda")
 # A registration lives as long as its library.
-_AUTOGRAD = torch.library.Library("flatkern", "IMPL")
+_AUTOGRAD = {
+    namespace: torch.library.Library(namespace, "IMPL")
+    for namespace in ("flatkern", *NATIVE_NAMESPACES)
+}
 
 
-def define(name: str, schema: str, *, native: bool = True) -> None:
-    """Define `flatkern::name`; `native` ops get the same schema for the C++ kernels."""
-    namespaces = ["flatkern", *(f"flatkern_{backend}" for backend in _NATIVE if native)]
-    for namespace in namespaces:
-        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+def define(name: str, schema: str, *, native: bool | str = True) -> None:
+    """Define `flatkern::name`, and the schema of its C++ kernels: the same one, its own or none."""
+    schemas = {"flatkern": schema}
+    if native:
+        schemas |= dict.fromkeys(NATIVE_NAMESPACES, schema if native is True else native)
+    for namespace, own in schemas.items():
+        torch.library.define(f"{namespace}::{name}", own, tags=torch.Tag.pt2_compliant_tag)
 
 
 def implement(name: str, select: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -34,16 +39,17 @@ def implement(name: str, select: Callable[..., Any], fake: Callable[..., Any]) -
     torch.library.register_fake(f"flatkern::{name}", fake)
 
 
-def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
-    """Register `function` as the derivative of `flatkern::name`.
+def differentiate(
+    name: str, function: type[torch.autograd.Function], namespace: str = "flatkern"
+) -> None:
+    """Register `function` as the derivative of `namespace::name`.
 
     It is applied to (below, options, *arguments), with the keyword arguments that differ from their
     defaults in `options`, and its forward returns `below(*arguments, **options)`: the op itself.
-    This is `torch.library.register_autograd` without what that does on every call to find out
-    about the schema, which takes longer than the rest of a small layer; and with forward mode,
-    whose tangents that drops without a word.
+    Like `torch.library.register_autograd`, but skips its inspection of the schema on each call,
+    and sees forward-mode tangents instead of silently dropping them.
     """
-    op = getattr(torch.ops.flatkern, name).default
+    op = getattr(getattr(torch.ops, namespace), name).default
 
     class Applied(function):
         # With a setup_context of its own, each application would inspect forward's signature.
@@ -62,7 +68,7 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
             return Applied.apply(below, options, *arguments)
         return below(*arguments, **options)
 
-    _AUTOGRAD.impl(name, run, "Autograd", with_keyset=True)
+    _AUTOGRAD[namespace].impl(name, run, "Autograd", with_keyset=True)
 
 
 def call(
@@ -95,10 +101,26 @@ def kernel(op: str, tensor: Tensor, backend: str | None = None) -> Callable[...,
         return getattr(reference, op)
     if name == "triton":
         return getattr(importlib.import_module("flatkern.triton"), op)
-    native = getattr(torch.ops, f"flatkern_{name}")
+    namespace = getattr(torch.ops, f"flatkern_{name}")
     if op == "perturb_out":
-        return native.perturb.out
-    return getattr(native, op).default
+        return namespace.perturb.out
+    return getattr(namespace, op).default
+
+
+def native(op: str, weight: Tensor, backend: str | None) -> Callable[..., Any] | None:
+    """The C++ kernel of `op` that serves `weight`, or None where another implementation does."""
+    if backend is None or backend == "auto":
+        if weight.dtype not in _backend.KERNEL_DTYPES:
+            return None
+        backend = _backend.resolve(weight.device.type, weight.dtype, backend)
+    return _native(op, backend) if backend == weight.device.type else None
+
+
+@functools.cache
+def _native(op: str, backend: str) -> Callable[..., Any] | None:
+    if f"flatkern_{backend}" not in NATIVE_NAMESPACES or _backend._why_unusable(backend):
+        return None
+    return getattr(getattr(torch.ops, f"flatkern_{backend}"), op).default
 
 
 def as_matrix(weight: Tensor) -> Tensor:

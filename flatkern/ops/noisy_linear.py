@@ -4,39 +4,49 @@ The noisy weight is generated panel by panel into bounded scratch, and each pane
 the vendor's product. Backward regenerates the same noise, so nothing of size m x n is saved.
 """
 
-import contextlib
-from typing import Any, NoReturn
-
 import torch
 from torch import Tensor
 
 from flatkern import _backend
 from flatkern.ops import _check
-from flatkern.ops._library import call, define, differentiate, implement
-from flatkern.ops._noisy_linear import Adapters, NoisyWeight, flat
+from flatkern.ops._autocast import autocast_dtype, autocast_off
+from flatkern.ops._library import NATIVE_NAMESPACES, call, define, differentiate, implement, native
+from flatkern.ops._noisy_derivative import Derivative, NoSecondDerivative
+from flatkern.ops._noisy_linear import Adapters, NoisyWeight, flat, scratch_of
 from flatkern.ops.perturb import check_values
-
-# Asked once: the compiler of torch 2.11 cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
-)
 
 _OPTIONS = (
     "bool elementwise=False, int? scratch_bytes=None, SymInt row_offset=0, SymInt col_offset=0, "
     "ScalarType? compute_dtype=None, str? backend=None"
 )
+# The C++ kernels take everything in its place, and sizes instead of a bound on the scratch.
+_NATIVE_OPTIONS = (
+    "bool elementwise, ScalarType? compute_dtype, int panel_bytes, int block_bytes, "
+    "int row_offset, int col_offset"
+)
 _ADAPTED = "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor row_scale, Tensor key"
+_FORWARD = f"Tensor x, Tensor weight, Tensor? bias, {_ADAPTED}"
+_BACKWARD = (
+    f"Tensor grad, Tensor? x, Tensor weight, {_ADAPTED}, bool need_x, bool need_A, bool need_B"
+)
 define(
     "noisy_linear",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTED}, *, {_OPTIONS}) -> Tensor",
-    native=False,
+    f"({_FORWARD}, *, {_OPTIONS}) -> Tensor",
+    native=f"({_FORWARD}, {_NATIVE_OPTIONS}) -> Tensor",
 )
 define(
     "noisy_linear_backward",
-    f"(Tensor grad, Tensor x, Tensor weight, {_ADAPTED}, bool need_x, bool need_A, bool need_B, "
-    f"*, {_OPTIONS}) -> Tensor[]",
-    native=False,
+    f"({_BACKWARD}, *, {_OPTIONS}) -> Tensor[]",
+    native=f"({_BACKWARD}, {_NATIVE_OPTIONS}) -> Tensor[]",
 )
+
+# By backend, what layers call in place of the op where C++ serves their weight: without the
+# parsing of a schema, and autocast's dtype is asked for there.
+NATIVE_LAYERS = {
+    name: getattr(_backend._C, f"noisy_layer_{name}")
+    for name in ("cpu", "cuda")
+    if hasattr(_backend._C, f"noisy_layer_{name}")
+}
 
 
 def noisy_linear(
@@ -70,8 +80,9 @@ def noisy_linear(
         row_scale: c, float32 [m].
         key: int64 [4] on the weight's device.
         elementwise: e_ij = c_i z_ij |W_ij|.
-        scratch_bytes: bound on the scratch for noisy panels (at least one row or column),
-            default 32 MiB. With Triton few tokens need none: the product makes the noise.
+        scratch_bytes: bound on a panel of noisy weight (at least one row or column), and on what
+            the low-rank part takes for a block of tokens. Default: 32 MiB of each; on a GPU panels
+            of 128 MiB and blocks of 1 GiB, beyond what layers of 7B models need.
         row_offset, col_offset: global coordinates of the weight's first element.
 
     Returns:
@@ -112,26 +123,46 @@ def noisy_linear(
     )
 
 
-def call_noisy_linear(*arguments: Any, **options: Any) -> Tensor:
-    """`torch.ops.flatkern.noisy_linear`, inside torch.func's transforms too; nothing is checked."""
-    return call("noisy_linear", _Derivative, *arguments, **options)
+def call_noisy_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    row_scale: Tensor,
+    key: Tensor,
+    *,
+    elementwise: bool = False,
+    scratch_bytes: int | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.ops.flatkern.noisy_linear`, inside torch.func's transforms too; nothing is checked.
 
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for where x enters a product, or None to leave it."""
-    device_type = x.device.type
-    if x.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
-        return None
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
-    """Products in the dtypes that they are given; costs nothing where autocast is off anyway."""
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    Where C++ serves the weight it is one node in autograd's graph (csrc/noisy_linear.cpp). It
+    cannot be transformed, and compilers see the op above it.
+    """
+    operands = x, weight, bias, lora_A, lora_B, scaling, row_scale, key
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        run = native("noisy_linear", weight, backend)
+        if run is not None:
+            _check_scratch(scratch_bytes)
+            sizes = scratch_of(weight.device.type, scratch_bytes)
+            return run(*operands, elementwise, compute_dtype, *sizes, row_offset, col_offset)
+    return call(
+        "noisy_linear",
+        Derivative,
+        *operands,
+        elementwise=elementwise,
+        scratch_bytes=scratch_bytes,
+        row_offset=row_offset,
+        col_offset=col_offset,
+        compute_dtype=compute_dtype,
+        backend=backend,
+    )
 
 
 def _check_call(
@@ -163,8 +194,12 @@ def _check_call(
         if not right or bias.dtype not in _check.FLOAT_DTYPES:
             _check.refuse(op, "bias", f"floating [{rows}] on {weight.device} or None", bias)
     _check.adapters(op, lora_A, lora_B, scaling, (rows, cols), weight.device)
+    _check_scratch(scratch_bytes)
+
+
+def _check_scratch(scratch_bytes):
     if scratch_bytes is not None and scratch_bytes < 1:
-        _check.refuse(op, "scratch_bytes", "at least 1 or None", scratch_bytes)
+        _check.refuse("noisy_linear", "scratch_bytes", "at least 1 or None", scratch_bytes)
 
 
 def _noisy_weight(
@@ -180,18 +215,39 @@ def _noisy_weight(
     backend=None,
 ):
     dtype = compute_dtype or weight.dtype
+    panel_bytes, _ = scratch_of(weight.device.type, scratch_bytes)
     offsets = row_offset, col_offset
-    return NoisyWeight(weight, row_scale, key, dtype, backend, elementwise, scratch_bytes, *offsets)
+    return NoisyWeight(weight, row_scale, key, dtype, backend, elementwise, panel_bytes, *offsets)
 
 
 def _adapters(lora_A, lora_B, scaling, *, compute_dtype=None, scratch_bytes=None, **options):
-    return Adapters(lora_A, lora_B, scaling, compute_dtype or lora_A.dtype, scratch_bytes)
+    _, block_bytes = scratch_of(lora_A.device.type, scratch_bytes)
+    return Adapters(lora_A, lora_B, scaling, compute_dtype or lora_A.dtype, block_bytes)
+
+
+def _native_options(
+    device_type,
+    *,
+    elementwise=False,
+    scratch_bytes=None,
+    row_offset=0,
+    col_offset=0,
+    compute_dtype=None,
+    backend=None,
+):
+    sizes = scratch_of(device_type, scratch_bytes)
+    return elementwise, compute_dtype, *sizes, row_offset, col_offset
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options):
+    run = native("noisy_linear", weight, options.get("backend"))
+    if run is not None:
+        _check_scratch(options.get("scratch_bytes"))
+        operands = x, weight, bias, lora_A, lora_B, scaling, row_scale, key
+        return run(*operands, *_native_options(weight.device.type, **options))
     _check_call(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **options)
     noisy = _noisy_weight(weight, row_scale, key, **options)
-    with _autocast_off(x.device.type):
+    with autocast_off(x.device.type):
         x2 = flat(x)
         # Adapters take x as it came, unless autocast rounds it for them as well.
         base_x = x2.to(noisy.dtype)
@@ -210,26 +266,34 @@ def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, row_scale, key, **op
 def _backward(
     grad, x, weight, lora_A, lora_B, scaling, row_scale, key, need_x, need_A, need_B, **options
 ):
-    """The gradients that are needed, of x, lora_A and lora_B in this order."""
+    """The gradients that are needed, of x, lora_A and lora_B in this order.
+
+    x is not looked at, and may be None, where lora_A and lora_B need none.
+    """
+    run = native("noisy_linear_backward", weight, options.get("backend"))
+    if run is not None:
+        operands = grad, x, weight, lora_A, lora_B, scaling, row_scale, key
+        needs = need_x, need_A, need_B
+        return run(*operands, *needs, *_native_options(weight.device.type, **options))
     noisy = _noisy_weight(weight, row_scale, key, **options)
-    grad_x = grad_A = grad_B = None
-    with _autocast_off(x.device.type):
-        grad2, x2 = flat(grad), flat(x)
+    found = []
+    grad_x = None
+    with autocast_off(grad.device.type):
+        grad2 = flat(grad)
         base_grad = grad2.to(noisy.dtype)
+        x2 = flat(x) if need_A or need_B else None
         if need_x:
             grad_x = noisy.product_transposed(base_grad)
         if lora_A is not None:
             if options.get("compute_dtype") is not None:
-                grad2, x2 = base_grad, x2.to(noisy.dtype)
+                grad2, x2 = base_grad, None if x2 is None else x2.to(noisy.dtype)
             adapters = _adapters(lora_A, lora_B, scaling, **options)
-            grad_A, grad_B = adapters.backward(grad2, x2, grad_x, need_A, need_B)
-    gradients = (grad_x, x), (grad_A, lora_A), (grad_B, lora_B)
-    return [_like(gradient, of) for gradient, of in gradients if gradient is not None]
-
-
-def _like(result: Tensor, of: Tensor) -> Tensor:
-    """`result`, of as many elements, with the dtype and shape of `of`."""
-    return _shaped(result.to(of.dtype), of.shape)
+            gradients = adapters.backward(grad2, x2, grad_x, need_A, need_B)
+            pairs = zip(gradients, (lora_A, lora_B), strict=True)
+            found = [gradient.to(of.dtype) for gradient, of in pairs if gradient is not None]
+    if need_x:
+        found.insert(0, _shaped(grad_x.to(grad.dtype), (*grad.shape[:-1], weight.shape[1])))
+    return found
 
 
 def _shaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -240,12 +304,27 @@ def _shaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _fake_backward(
     grad, x, weight, lora_A, lora_B, scaling, row_scale, key, need_x, need_A, need_B, **options
 ):
-    needed = (x, need_x), (lora_A, need_A), (lora_B, need_B)
-    return [of.new_empty(of.shape) for of, need in needed if need]
+    found = [grad.new_empty((*grad.shape[:-1], weight.shape[1]))] if need_x else []
+    needed = (lora_A, need_A), (lora_B, need_B)
+    return found + [of.new_empty(of.shape) for of, need in needed if need]
 
 
 implement("noisy_linear", _forward, _fake_forward)
 implement("noisy_linear_backward", _backward, _fake_backward)
+
+
+def _fake_native_forward(*arguments):
+    operands, (_, _, _, _, row_offset, col_offset) = arguments[:8], arguments[8:]
+    return _fake_forward(*operands, row_offset=row_offset, col_offset=col_offset)
+
+
+def _fake_native_backward(*arguments):
+    return _fake_backward(*arguments[:11])
+
+
+for _namespace in NATIVE_NAMESPACES:
+    torch.library.register_fake(f"{_namespace}::noisy_linear", _fake_native_forward)
+    torch.library.register_fake(f"{_namespace}::noisy_linear_backward", _fake_native_backward)
 
 
 def _batched_forward(info, in_dims, *arguments, **options):
@@ -272,84 +351,8 @@ def _examples(op, info, in_dims, arguments, options):
         yield getattr(torch.ops.flatkern, op)(*here, **options)
 
 
-def _refuse_forward_mode() -> NoReturn:
-    raise RuntimeError(
-        "noisy_linear: forward-mode derivatives are not supported; take them in reverse, "
-        "or perturb the weight in place"
-    )
-
-
-class _Derivative(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> Tensor:
-        return below(*arguments, **options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, options, x, weight, bias, lora_A, lora_B, ctx.scaling, row_scale, key = inputs
-        ctx.save_for_backward(x, weight, lora_A, lora_B, row_scale, key)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.options = options
-        # Backward must see the forward's noise, whatever is chosen by then.
-        if options.get("backend") in (None, "auto"):
-            backend = _backend.resolve(weight.device.type, weight.dtype)
-            ctx.options = options | {"backend": backend}
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, row_scale, key = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[2:7]
-        gradients = [None] * 5
-        if need_x or need_A or need_B:
-            adapted = lora_A, lora_B, ctx.scaling, row_scale, key
-            arguments = grad, x, weight, *adapted, need_x, need_A, need_B
-            found = iter(
-                call("noisy_linear_backward", _NoSecondDerivative, *arguments, **ctx.options)
-            )
-            for index, need in ((0, need_x), (3, need_A), (4, need_B)):
-                if need:
-                    gradients[index] = next(found)
-        if need_weight or need_bias:
-            dtype = ctx.options.get("compute_dtype") or weight.dtype
-            with _autocast_off(x.device.type):
-                grad2 = flat(grad).to(dtype)
-                if need_weight:
-                    gradients[1] = (grad2.t() @ flat(x).to(dtype)).to(weight.dtype)
-                if need_bias:
-                    gradients[2] = grad2.sum(0).to(ctx.bias_dtype)
-        return None, None, *gradients, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        _refuse_forward_mode()
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(below: Any, options: dict[str, Any], *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(below(*arguments, **options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        _refuse_forward_mode()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "noisy_linear: second derivatives are not supported; "
-            "perturb the weight in place to take them"
-        )
-
-
-differentiate("noisy_linear", _Derivative)
-differentiate("noisy_linear_backward", _NoSecondDerivative)
+differentiate("noisy_linear", Derivative)
+for _namespace in ("flatkern", *NATIVE_NAMESPACES):
+    differentiate("noisy_linear_backward", NoSecondDerivative, _namespace)
 torch.library.register_vmap("flatkern::noisy_linear", _batched_forward)
 torch.library.register_vmap("flatkern::noisy_linear_backward", _batched_backward)

@@ -19,7 +19,6 @@ except ImportError as error:
 else:
     _not_imported = None
     from flatkern.triton.noise import noise, philox_bits
-    from flatkern.triton.noisy_linear import noisy_linear, noisy_linear_grad_x
     from flatkern.triton.perturb import perturb, perturb_, perturb_out, restore_
     from flatkern.triton.perturb_merged import perturb_merged_
     from flatkern.triton.row_norm import row_norm
@@ -30,8 +29,6 @@ INTERPRETER_MENDED = (3, 8)
 
 __all__ = [
     "noise",
-    "noisy_linear",
-    "noisy_linear_grad_x",
     "perturb",
     "perturb_",
     "perturb_merged_",

@@ -77,39 +77,6 @@ class NormTile:
     cols: int
 
 
-@dataclass(frozen=True)
-class ProductTile:
-    """What one program of a product with noise covers, and into how many it is cut."""
-
-    tokens: int
-    outputs: int  # rows of the weight; columns in the backward product
-    depth: int  # of the reduction, in one step
-    splits: int  # of the reduction, each with a partial sum of its own
-    steps: int  # of a split
-
-
-PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
-# A program makes its part of the noise for all its tokens at once: the more tokens, the less noise.
-PRODUCT_TOKENS = (64, 128, 256)
-PRODUCT_SIDE = 64
-SUM_BLOCK = 1024
-
-
-def product_tile(tokens: int, outputs: int, reduction: int) -> ProductTile:
-    """The tile of x W_noisy^T or dY W_noisy, a function of the shape alone.
-
-    Few outputs leave processors idle, so that the reduction is split too; the more so the fewer
-    tokens there are, as partial sums cost tokens x outputs. Sums are then added in order.
-    """
-    block = next((size for size in PRODUCT_TOKENS if tokens <= size), PRODUCT_TOKENS[-1])
-    programs = -(-tokens // block) * -(-outputs // PRODUCT_SIDE)
-    tiles = max(-(-reduction // PRODUCT_SIDE), 1)
-    wanted = 256 if block < 256 else 128
-    splits = min(max(wanted // programs, 1), 8, tiles)
-    steps = -(-tiles // splits)
-    return ProductTile(block, PRODUCT_SIDE, PRODUCT_SIDE, -(-tiles // steps), steps)
-
-
 # Not a function of the weight's shape, which would change the order of a row's sum. Its rows share
 # one split of A into parts; its columns keep the registers of both tiles in bounds.
 NORM_TILE = NormTile(32, 1024 if INTERPRETED else 128)

@@ -94,14 +94,58 @@ def test_one_compilation_for_any_number_of_tokens(mode):
     assert counter.frame_count == 1
 
 
-def test_compiled_by_inductor():
-    # Code is generated once, for the mode whose ops the compiler has to call.
-    model = make_model()
-    compiled = torch.compile(model, fullgraph=True)
+def test_the_recipe_for_a_whole_step():
+    # docs/graphs.md. Inductor generates code once, for the mode whose ops it has to call; without
+    # a GPU there are no graphs in it.
+    losses = []
+    for compile_it in (True, False):
+        torch.manual_seed(0)
+        model = make_model()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        noise = flatkern.WeightNoise(model, 0.4)
+        compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        forward = compiled if compile_it else model
+        losses.append([])
+        for _ in range(3):
+            with noise.window():
+                loss = forward(data()).square().mean()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[-1].append(loss.detach())
+    for got, expected in zip(*losses, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_low_rank_part_is_the_compilers():
+    model, graphs = make_model(), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=keep)
     with flatkern.WeightNoise(model, 0.4).window():
-        got, expected = step(compiled, model, data()), step(model, model, data())
-    for mine, eager in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, eager)
+        compiled(data())
+    op = torch.ops.flatkern.noisy_linear
+    (nodes,) = [[n for n in graph.graph.nodes if n.target in (op, op.default)] for graph in graphs]
+    assert len(nodes) == sum(isinstance(m, flatkern.nn.LoRALinear) for m in model.modules())
+    for node in nodes:
+        assert node.args[3:5] == (None, None)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_noiseless_window_is_plain_lora_compiled_too(autocast):
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    noise = flatkern.WeightNoise(model, 0.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = step(model, model, data())
+        with noise.window():
+            got = step(compiled, model, data())
+    for mine, plain in zip(got, expected, strict=True):
+        tolerances.assert_same_bits(mine, plain)
 
 
 @both_modes

@@ -40,7 +40,7 @@ COMPOSED = (
 )
 # The longest first; few, because each starts a Python of its own.
 SELECTIONS = {
-    "kernels": (["triton/test_kernels.py", "triton/test_fused_product.py"], ""),
+    "kernels": (["triton/test_kernels.py"], ""),
     "perturb": (
         ["ops/test_noise.py", "ops/test_perturb.py", "ops/test_perturb_tensors.py"],
         EVERY_OP,

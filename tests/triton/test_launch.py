@@ -74,17 +74,3 @@ def test_threads_of_the_one_pass_kernel_have_a_vector_each():
 def test_one_pass_is_for_rows_that_stay_in_cache():
     assert _launch.fits_one_pass(torch.empty(1, 4096, dtype=torch.bfloat16, device="meta"))
     assert not _launch.fits_one_pass(torch.empty(1, 4096, device="meta"))
-
-
-@pytest.mark.parametrize("tokens", [1, 64, 65, 200, 256, 257, 512, 8192])
-@pytest.mark.parametrize("outputs", [1, 64, 65, 384, 4096, 11008])
-@pytest.mark.parametrize("reduction", [1, 64, 100, 4096, 11008])
-def test_products_cover_their_sums(tokens, outputs, reduction):
-    tile = _launch.product_tile(tokens, outputs, reduction)
-    assert tile.tokens in _launch.PRODUCT_TOKENS
-    assert tile.tokens >= min(tokens, 256), "one block makes the noise of up to 256 tokens"
-    covered = tile.splits * tile.steps * tile.depth
-    assert covered >= reduction > covered - tile.steps * tile.depth, "no split is empty"
-    assert tile.splits <= 8, "parts cost memory"
-    blocks = -(-tokens // tile.tokens) * -(-outputs // tile.outputs)
-    assert tile.splits == 1 or blocks * tile.splits <= 256, "enough programs are not cut"
