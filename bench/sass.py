@@ -150,7 +150,7 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
         size = element_bytes or stored_bytes(name)
         elements = wide_bytes(hot) // size
         way = hot_path(lines) if elements and not is_loop else []
-        if name.startswith("row_norm_kernel"):
+        if name.startswith("row_norm_kernel<"):
             hot, is_loop = norm_path(lines), False
             way, elements = hot, _matching(hot, r"LDG\S*\.128") * 16 // size
         registers, stack = resources[symbol]
