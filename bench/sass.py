@@ -127,7 +127,8 @@ def norm_path(lines: list[Line]) -> list[Line]:
             -(line.text.startswith("LDG") and not is_wide),
         )
 
-    return path(min(found, key=count), rank, via=lambda line: False)
+    *turn, back = min(found, key=count)
+    return [*path(turn, rank, via=lambda line: False), back]
 
 
 def _matching(lines: list[Line], pattern: str) -> int:
