@@ -125,8 +125,8 @@ def claims_table(outcomes: Outcomes, device: str) -> str:
         merged, perturb = (Cell(op, *shape, name) for op in ("perturb_merged", "perturb"))
         lines.append(
             [
-                f"{name}: perturb_merged over perturb, fused",
-                "1.0",
+                f"{name}: perturb_merged over perturb",
+                "1.5",
                 _ratio(outcomes, merged, perturb),
             ]
         )

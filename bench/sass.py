@@ -37,7 +37,7 @@ class Report:
     arch: int
     per_element: float | None  # None where no store is 128 bits wide
     loop: bool  # the hot part is a loop, not the whole kernel
-    path: float | None  # per element of the way through a kernel that has no hot loop
+    path: float | None  # per element: through a row norm's loop, or a kernel that has no hot loop
     loads: dict[str, int]  # by bits
     stores: dict[str, int]
     shared: int  # accesses to shared memory and shuffles
@@ -47,6 +47,7 @@ class Report:
     instructions: int  # of the whole kernel
     cosines: int  # of the whole kernel: where noise is made
     fused: int  # adds of unrounded noise, of the whole kernel
+    products: int  # of matrices on tensor cores, of the hot part
 
 
 def tool(name: str) -> str:
@@ -101,6 +102,35 @@ def hot_path(lines: list[Line]) -> list[Line]:
     return path(lines, rank, via=lambda line: line.text.startswith("ATOMS"))
 
 
+def norm_path(lines: list[Line]) -> list[Line]:
+    """What a warp runs of a row norm's smallest loop that loads 128 bits (and multiplies, if any).
+
+    Of the ways that multiply most, that with the most wide loads and the fewest others: columns
+    past the last are loaded one by one.
+    """
+    multiplies = any(line.text.startswith("HMMA") for line in lines)
+    wide = re.compile(r"LDG\S*\.128")
+    found = [
+        loop
+        for loop in loops(lines)
+        if any(wide.match(line.text) for line in loop)
+        and (not multiplies or any(line.text.startswith("HMMA") for line in loop))
+    ]
+    if not found:
+        return []
+
+    def rank(line: Line) -> tuple[int, int, int]:
+        is_wide = bool(wide.match(line.text))
+        return (
+            line.text.startswith("HMMA"),
+            is_wide,
+            -(line.text.startswith("LDG") and not is_wide),
+        )
+
+    *turn, back = min(found, key=count)
+    return [*path(turn, rank, via=lambda line: False), back]
+
+
 def _matching(lines: list[Line], pattern: str) -> int:
     return sum(bool(re.match(pattern, line.text)) for line in lines)
 
@@ -118,7 +148,12 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
     for symbol, lines in parse(text).items():
         name = demangle(symbol)
         hot, is_loop = hot_part(lines)
-        elements = wide_bytes(hot) // (element_bytes or stored_bytes(name))
+        size = element_bytes or stored_bytes(name)
+        elements = wide_bytes(hot) // size
+        way = hot_path(lines) if elements and not is_loop else []
+        if name.startswith("row_norm_kernel<"):
+            hot, is_loop = norm_path(lines), False
+            way, elements = hot, _matching(hot, r"LDG\S*\.128") * 16 // size
         registers, stack = resources[symbol]
         reports.append(
             Report(
@@ -126,9 +161,7 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
                 arch=int(arch[1] or arch[2]),
                 per_element=round(count(hot) / elements, 2) if elements else None,
                 loop=is_loop,
-                path=round(count(hot_path(lines)) / elements, 2)
-                if elements and not is_loop
-                else None,
+                path=round(count(way) / elements, 2) if elements and way else None,
                 loads=widths(hot, "LDG"),
                 stores=widths(hot, "STG"),
                 shared=_matching(hot, r"LDS|STS|LDSM|STSM|SHFL|ATOMS"),
@@ -138,6 +171,7 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
                 instructions=count(lines),
                 cosines=_matching(lines, r"MUFU\.COS"),
                 fused=len(fused_products(lines)),
+                products=_matching(hot, "HMMA"),
             )
         )
     return reports
@@ -245,9 +279,9 @@ Static instructions of the smallest SASS loop that holds the stores of 128 bits 
 whole kernel, where no loop does), over the elements that those store. Loads, stores (count x bits)
 and accesses to shared memory are of the same part, registers and spills of the whole kernel. Path,
 where no loop does: the instructions on the way that makes all noise, stores all vectors and
-otherwise touches global memory least, which most warps take. The loop of the CUDA
-`perturb_merged_kernel` is a turn over a block's rows with everything that a row may need, element
-by element at its end too: its count bounds no path.
+otherwise touches global memory least, which most warps take. Of the CUDA `row_norm_kernel`, which
+stores next to nothing, all but registers and spills is of the way through the loop that loads W in
+128 bits, over the elements that it loads.
 
 {table(reports)}
 """

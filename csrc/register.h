@@ -226,10 +226,10 @@ struct Ops {
                               col_offset);
   }
 
-  // The adapters as the row norm reads them: float32, B times scaling, A padded with zeros and
-  // 16-byte aligned. They are small; the arguments hold pointers into them.
+  // The adapters as the backend's row norm reads them; the arguments hold pointers into them.
   struct Adapters {
     at::Tensor lora_A, lora_B;
+    double scaling;
   };
 
   static Adapters prepare_adapters(const at::Tensor& weight, const OptionalTensor& lora_A,
@@ -240,14 +240,8 @@ struct Ops {
                 Backend::kName, ": lora_A must be [r, n] and lora_B [m, r]");
     TORCH_CHECK(lora_A->device() == weight.device() && lora_B->device() == weight.device(),
                 Backend::kName, ": adapters must be on the weight's device");
-    constexpr int64_t kMultiple = Backend::kAdapterColumns;
-    const int64_t padding = (kMultiple - weight.size(1) % kMultiple) % kMultiple;
-    at::Tensor padded = lora_A->to(at::kFloat);
-    if (padding != 0) padded = at::constant_pad_nd(padded, {0, padding});
-    padded = padded.contiguous();
-    // A slice of a larger tensor may start anywhere.
-    if (reinterpret_cast<uintptr_t>(padded.const_data_ptr()) % 16 != 0) padded = padded.clone();
-    return {padded, (lora_B->to(at::kFloat) * scaling).contiguous()};
+    const auto [own_A, own_B] = Backend::adapters(*lora_A, *lora_B, scaling);
+    return {own_A, own_B, scaling};
   }
 
   static RowNormArgs row_norm_args(const at::Tensor& weight, const Adapters& adapters,
@@ -261,9 +255,7 @@ struct Ops {
     args.weight_stride = weight.stride(0);
     if (adapters.lora_A.defined()) {
       args.rank = adapters.lora_A.size(0);
-      args.lora_A = adapters.lora_A.template const_data_ptr<float>();
-      args.lora_A_stride = adapters.lora_A.size(1);
-      args.lora_B = adapters.lora_B.template const_data_ptr<float>();
+      Backend::set_adapters(args, adapters.lora_A, adapters.lora_B, adapters.scaling);
     }
     args.norm = norm.mutable_data_ptr<float>();
     return args;

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flatkern
+from flatkern import _backend
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Implementation:
     streams: bool
     # Exact in-place restore: perturb_ can fill a residual.
     residual: bool
+
+    @property
+    def own_products(self):
+        """Its matrix products are its own: a row's bits do not depend on its place among others."""
+        return not (self.name == "triton" and _backend.TRITON_INTERPRETED)
 
     @property
     def device(self):

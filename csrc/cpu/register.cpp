@@ -87,7 +87,6 @@ struct Backend {
   using RowNormArgs = cpu::RowNormArgs;
   static constexpr const char* kName = "flatkern_cpu";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
-  static constexpr int64_t kAdapterColumns = kNormLanes;
 
   static NoiseKey key_of(const int64_t* words) {
     return {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]),
@@ -117,6 +116,23 @@ struct Backend {
     for (size_t i = 0; i < counts.size(); ++i) {
       header_of(residuals[i]).mismatched = counts[i].left_out;
     }
+  }
+  // float32, B times scaling, A padded with zeros and 16-byte aligned: both are small.
+  static std::pair<at::Tensor, at::Tensor> adapters(const at::Tensor& lora_A,
+                                                    const at::Tensor& lora_B, double scaling) {
+    const int64_t padding = (kNormLanes - lora_A.size(1) % kNormLanes) % kNormLanes;
+    at::Tensor padded = lora_A.to(at::kFloat);
+    if (padding != 0) padded = at::constant_pad_nd(padded, {0, padding});
+    padded = padded.contiguous();
+    // A slice of a larger tensor may start anywhere.
+    if (reinterpret_cast<uintptr_t>(padded.const_data_ptr()) % 16 != 0) padded = padded.clone();
+    return {padded, (lora_B.to(at::kFloat) * scaling).contiguous()};
+  }
+  static void set_adapters(RowNormArgs& args, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                           double) {
+    args.lora_A = lora_A.const_data_ptr<float>();
+    args.lora_A_stride = lora_A.size(1);
+    args.lora_B = lora_B.const_data_ptr<float>();
   }
   static void row_norm(const at::Tensor&, const std::vector<RowNormArgs>& tensors) {
     std::vector<Task> tasks;

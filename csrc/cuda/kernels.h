@@ -33,21 +33,23 @@ struct PerturbArgs {
   bool elementwise;
 };
 
+// An adapter as it lies in memory.
+struct Adapter {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride, col_stride;
+};
+
 struct RowNormArgs {
   int64_t rows, cols, rank;
   const void* weight;
   Dtype weight_dtype;
   int64_t weight_stride;
-  const float* lora_A;    // [rank, lora_A_stride], zeros past cols, 16-byte aligned
-  int64_t lora_A_stride;  // cols rounded up to kVector
-  const float* lora_B;    // [rows, rank], times scaling
-  float relative_scale;   // norm times this is written: 1, or sigma / sqrt(n)
-  float* norm;            // [rows]
-};
-
-struct PerturbMergedArgs {
-  PerturbArgs perturb;   // row_scale points at row_norm.norm
-  RowNormArgs row_norm;  // relative_scale makes norm the row scale
+  Adapter lora_A, lora_B;  // [rank, cols] and [rows, rank]; of rank 0 nobody reads them
+  float scaling;
+  float relative_scale;  // norm times this is written: 1, or sigma / sqrt(n)
+  float* norm;           // [rows]
+  char* scratch;         // set by the launcher
 };
 
 // The chunks of a weight, as `Chunks` has them, for blocks: the division by the chunks of a row is
@@ -104,10 +106,11 @@ void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream);
 // Several tensors, which share no memory that is written, in few launches.
 void launch_perturb(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream);
 void launch_restore(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream);
-void launch_row_norm(const std::vector<RowNormArgs>& tensors, int sm_count, cudaStream_t stream);
+// With so many bytes of scratch, 16-byte aligned and not initialised; they are free again behind
+// the launches.
+int64_t row_norm_scratch(const std::vector<RowNormArgs>& tensors);
+void launch_row_norm(const std::vector<RowNormArgs>& tensors, void* scratch, cudaStream_t stream);
 
-// One kernel where a row fits a block's registers, two beyond; the same bits either way.
-void launch_perturb_merged(const PerturbMergedArgs& args, int sm_count, cudaStream_t stream);
 // Several tensors, which share neither weights nor residuals. What a header does not allow writes
 // nothing to its tensor and leaves its reason there.
 void launch_perturb_residual(const std::vector<ResidualArgs>& tensors, int sm_count,

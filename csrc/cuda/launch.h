@@ -56,34 +56,6 @@ constexpr int grid_blocks(int64_t warps, int sm_count) {
   return static_cast<int>(needed < held ? needed : held);
 }
 
-// Row norm: rows of a warp, which share its loads of A. One where more would leave SMs idle.
-constexpr int kNormRows = 4;
-constexpr bool norm_shares_rows(int64_t rows, int sm_count) {
-  return rows >= static_cast<int64_t>(kNormRows) * kWarpsPerBlock * sm_count;
-}
-
-// Adapters up to this rank are multiplied by FMAs in float32, beyond on tensor cores.
-constexpr int kDirectRank = 16;
-
-// Row norm on tensor cores: a block takes one or two tiles of kMmaRows rows. Two share the loads
-// and the splitting of A; they cost no time where some SM has two tiles to do anyway.
-constexpr int kMmaRows = 16;
-constexpr int mma_tiles(int64_t rows, int sm_count) {
-  return divide_up(rows, kMmaRows) > sm_count ? 2 : 1;
-}
-
-// Fused row norm and perturbation: a block holds kFusedRows whole rows in registers, kVector
-// columns of each row a thread.
-constexpr int kFusedRows = 4;
-constexpr int kFusedThreads = 512;
-constexpr bool fuses(int64_t cols, int64_t rank, bool aligned) {
-  return aligned && cols <= static_cast<int64_t>(kFusedThreads) * kVector && rank <= kDirectRank;
-}
-// Whole warps that cover the row.
-constexpr int fused_threads(int64_t cols) {
-  return static_cast<int>(divide_up(cols, kWarpCols)) * kWarp;
-}
-
 // Residual: the block that compares a header, most of which is summing up the row scale.
 constexpr int kBeginThreads = 512;
 

@@ -1,18 +1,9 @@
-// Matrix products in float32 accuracy on bfloat16 tensor cores.
+// Matrix products on bfloat16 tensor cores, and what takes float32 there.
 #pragma once
 
 #include "device.h"
 
 namespace flatkern::cuda {
-
-// A 16 x 16 matrix in a warp's registers, each value as the sum of three bfloat16.
-struct SplitLeft {
-  Bits128 part[3];
-};
-// A 16 x 8 matrix likewise.
-struct SplitRight {
-  uint32_t part[3][2];
-};
 
 // c += A B for A of 16 x 16 and B of 16 x 8 bfloat16, by one warp ("Matrix Fragments for
 // mma.m16n8k16" in the PTX ISA). With g = lane / 4 and t = lane % 4, a lane holds two values a
@@ -40,20 +31,6 @@ FLATKERN_HD void split_pair(float x, float y, uint32_t& high, uint32_t& middle, 
   middle = pack(BFloat16{}, x, y);
   unpack(BFloat16{}, middle, a, b);
   low = pack(BFloat16{}, x - a, y - b);
-}
-
-// c += A B, less the products below 2^-24 of the largest. They are summed apart, from the
-// smallest, and c is added last: tensor cores truncate, by the largest term of each sum.
-__device__ __forceinline__ void mma_split(float* c, const SplitLeft& a, const SplitRight& b) {
-  float sum[4] = {};
-  mma(sum, a.part[2].w, b.part[0]);
-  mma(sum, a.part[0].w, b.part[2]);
-  mma(sum, a.part[1].w, b.part[1]);
-  mma(sum, a.part[1].w, b.part[0]);
-  mma(sum, a.part[0].w, b.part[1]);
-  mma(sum, a.part[0].w, b.part[0]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
 }  // namespace flatkern::cuda

@@ -58,7 +58,6 @@ struct Backend {
   using RowNormArgs = cuda::RowNormArgs;
   static constexpr const char* kName = "flatkern_cuda";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
-  static constexpr int64_t kAdapterColumns = kVector;
 
   static const int64_t* key_of(const int64_t* words) { return words; }
   static void philox_bits(const at::Tensor& out, const NoiseArgs& args) {
@@ -79,14 +78,42 @@ struct Backend {
   static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     launch(residuals[0], launch_restore_residual, with_residuals(tensors, residuals));
   }
+  // As they lie in memory, of any of the three dtypes.
+  static std::pair<at::Tensor, at::Tensor> adapters(const at::Tensor& lora_A,
+                                                    const at::Tensor& lora_B, double) {
+    const auto own = [](const at::Tensor& lora) {
+      return lora.scalar_type() == at::kDouble ? lora.to(at::kFloat) : lora;
+    };
+    return {own(lora_A), own(lora_B)};
+  }
+  static void set_adapters(RowNormArgs& args, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                           double scaling) {
+    const auto own = [](const at::Tensor& lora) {
+      return Adapter{lora.const_data_ptr(), Ops<Backend>::dtype_of(lora), lora.stride(0),
+                     lora.stride(1)};
+    };
+    args.lora_A = own(lora_A);
+    args.lora_B = own(lora_B);
+    args.scaling = static_cast<float>(scaling);
+  }
   static void row_norm(const at::Tensor& norm, std::vector<RowNormArgs> tensors) {
     for (RowNormArgs& args : tensors) args.relative_scale = 1.0f;
-    launch(norm, launch_row_norm, tensors);
+    scaled_row_norm(norm, tensors);
   }
-  static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb,
-                             RowNormArgs row_norm, float relative_scale) {
-    row_norm.relative_scale = relative_scale;
-    launch(row_scale, launch_perturb_merged, PerturbMergedArgs{perturb, row_norm});
+  static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb_args,
+                             RowNormArgs args, float relative_scale) {
+    args.relative_scale = relative_scale;
+    scaled_row_norm(row_scale, {args});
+    perturb(row_scale, {perturb_args});
+  }
+
+ private:
+  static void scaled_row_norm(const at::Tensor& norm, const std::vector<RowNormArgs>& tensors) {
+    const c10::cuda::CUDAGuard guard(norm.device());
+    const at::Tensor scratch =
+        at::empty({row_norm_scratch(tensors)}, norm.options().dtype(at::kByte));
+    launch_row_norm(tensors, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 

@@ -21,11 +21,6 @@ OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 NORM_WARPS = 8
 NORM_OPTIONS = {"num_warps": NORM_WARPS, "enable_fp_fusion": False}
-# Left alone ptxas takes 246 registers, and one program has a processor to itself. Held to 128, what
-# spills is in the loop for scales at the ends of float32.
-MERGED_OPTIONS = {**NORM_OPTIONS, "maxnreg": 128}
-# A program of 32 such rows on each of 132 processors holds 35 MB, of an H100's 50 MB of L2.
-ONE_PASS_ROW_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -77,26 +72,13 @@ class NormTile:
     cols: int
 
 
-# Not a function of the weight's shape, which would change the order of a row's sum. Its rows share
-# one split of A into parts; its columns keep the registers of both tiles in bounds.
+# Not a function of the weight's shape, which would change the order of a row's sum.
 NORM_TILE = NormTile(32, 1024 if INTERPRETED else 128)
 
 
-def adapters(rank: int) -> str:
-    """The form of the row norm's kernel: 16 ranks are one product of tiles."""
-    if rank == 0:
-        return "none"
-    return "one chunk" if rank <= 16 else "chunks"
-
-
-def merged_vectors() -> int:
-    """Vectors side by side that give each thread of a one-pass kernel one of them."""
-    return THREADS // WARPS * NORM_WARPS // NORM_TILE.rows
-
-
-def fits_one_pass(weight: Tensor) -> bool:
-    """Whether the rows that all programs hold at a time stay in L2 from the norm to the noise."""
-    return weight.shape[1] * weight.element_size() <= ONE_PASS_ROW_BYTES
+def norm_ranks(rank: int) -> int:
+    """Ranks that the row norm multiplies at a time, at most 64; 0 without adapters."""
+    return 0 if rank == 0 else min(max(power_of_2(rank), 16), 64)
 
 
 def power_of_2(value: int) -> int:

@@ -44,23 +44,20 @@ inline std::vector<float> scales_of(int64_t rows, int64_t start) {
   return scales;
 }
 
-// A weight and its adapters as register.cpp hands them over.
+// A weight and its adapters. A's rows end where the columns do, wherever that is.
 struct Problem {
   check::Matrix weight, lora_A, lora_B;
   int64_t rank;
 
   Problem(flatkern::Dtype dtype, int64_t rows, int64_t cols, int64_t rank, int64_t padding = 0,
-          int shift = 0)
+          int shift = 0, flatkern::Dtype adapter_dtype = flatkern::Dtype::kFloat32)
       : weight(dtype, rows, cols, padding, shift),
-        lora_A(flatkern::Dtype::kFloat32, rank > 0 ? rank : 1, (cols + 7) / 8 * 8),
-        lora_B(flatkern::Dtype::kFloat32, rows, rank > 0 ? rank : 1),
+        lora_A(adapter_dtype, rank > 0 ? rank : 1, cols, padding, shift),
+        lora_B(adapter_dtype, rows, rank > 0 ? rank : 1),
         rank(rank) {
     weight.fill(false, 1);
     lora_A.fill(false, 2);
     lora_B.fill(false, 3);
-    for (int64_t k = 0; k < lora_A.rows; ++k) {
-      for (int64_t j = cols; j < lora_A.cols; ++j) lora_A.set(k, j, 0);
-    }
   }
   // Whole rows times a power of two.
   void scale_row(int64_t i, int exponent) {
@@ -68,7 +65,7 @@ struct Problem {
       weight.set(i, j, check::rounded(std::ldexp(weight.value(i, j), exponent), weight.dtype));
     }
     for (int64_t k = 0; k < rank; ++k) {
-      lora_B.set(i, k, flatkern::bits_of_float(std::ldexp(lora_B.value(i, k), exponent)));
+      lora_B.set(i, k, check::rounded(std::ldexp(lora_B.value(i, k), exponent), lora_B.dtype));
     }
   }
   flatkern::cuda::RowNormArgs args(float* norm, float relative_scale = 1.0f) const {
@@ -78,11 +75,12 @@ struct Problem {
             weight.at(0, 0),
             weight.dtype,
             weight.stride,
-            reinterpret_cast<const float*>(lora_A.at(0, 0)),
-            lora_A.stride,
-            reinterpret_cast<const float*>(lora_B.at(0, 0)),
+            {lora_A.at(0, 0), lora_A.dtype, lora_A.stride, 1},
+            {lora_B.at(0, 0), lora_B.dtype, lora_B.stride, 1},
+            1.0f,
             relative_scale,
-            norm};
+            norm,
+            nullptr};
   }
   // The norm of row i in float64, and that of absolute values, which rounding is relative to.
   std::pair<double, double> exact(int64_t i) const {
@@ -100,3 +98,11 @@ struct Problem {
     return {std::sqrt(square), std::sqrt(size)};
   }
 };
+
+// With scratch that holds what nobody wrote: NaN.
+inline void run_row_norm(const std::vector<flatkern::cuda::RowNormArgs>& tensors) {
+  const int64_t bytes = flatkern::cuda::row_norm_scratch(tensors);
+  check::Guarded scratch(bytes);
+  memset(scratch.data(), 0xFF, bytes);
+  flatkern::cuda::launch_row_norm(tensors, scratch.data(), kStream);
+}

@@ -22,6 +22,7 @@
 #define __shared__ static
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 
 using cudaStream_t = void*;
@@ -216,7 +217,12 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
   return emulator::reduce(mask, value, [](unsigned a, unsigned b) { return a | b; });
 }
 
-// Fibers run one at a time.
+// Fibers run one at a time, and see what others wrote.
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
 template <class T>
 T atomicAdd(T* to, T value) {
   const T before = *to;

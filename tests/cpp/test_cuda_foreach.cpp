@@ -20,7 +20,7 @@ void test_tables() {
   static_assert(sizeof(cuda::Table<cuda::PerturbArgs>) <= cuda::kParameterBytes);
   static_assert(sizeof(cuda::Table<cuda::RowNormArgs>) <= cuda::kParameterBytes);
   static_assert(cuda::Table<cuda::PerturbArgs>::kCapacity >= 40);
-  static_assert(cuda::Table<cuda::RowNormArgs>::kCapacity >= 40);
+  static_assert(cuda::Table<cuda::RowNormArgs>::kCapacity >= 28);
   CHECK(tables_of({}).empty() && tables_of({1, 2, 3}).empty(), "nothing to do");
 
   // In order, the kernels by first use; 1 has no blocks.
@@ -99,9 +99,12 @@ void test_launches_of_a_model() {
   }
   launches([&] { cuda::launch_perturb(weights, 132, kStream); }, 6);
   launches([&] { cuda::launch_restore(weights, 132, kStream); }, 6);
-  launches([&] { cuda::launch_row_norm(norms, 132, kStream); }, 6);
-  for (cuda::RowNormArgs& norm : norms) norm.rank = 64;
-  launches([&] { cuda::launch_row_norm(norms, 132, kStream); }, 6);
+  for (const int64_t rank : {8, 64}) {
+    for (cuda::RowNormArgs& norm : norms) norm.rank = rank;
+    // One launch prepares all tensors of the next, and one scratch serves them all.
+    launches([&] { cuda::launch_row_norm(norms, nullptr, kStream); }, 16);
+    CHECK(cuda::row_norm_scratch(norms) < 150 << 20, "%ld", cuda::row_norm_scratch(norms));
+  }
 }
 
 // Tensors of all dtypes, aligned or not, of one or many blocks; more than fit one table.
@@ -149,26 +152,23 @@ void test_row_norm() {
   std::deque<Problem> problems;
   for (int i = 0; i < 110; ++i) {
     const int64_t ranks[] = {0, 3, 8, 20};
-    // On one SM rows share their loads of A where a tensor has enough; on 132 none do.
     problems.emplace_back(kDtypes[i % 3], 1 + i % 7, 1 + i * 37 % 300, ranks[i % 4], i % 5, i % 2);
   }
-  for (const int sm_count : {1, 132}) {
-    std::vector<std::vector<float>> once, together;
-    std::vector<cuda::RowNormArgs> args;
-    for (const Problem& p : problems) {
-      once.emplace_back(p.weight.rows);
-      together.emplace_back(p.weight.rows);
-      args.push_back(p.args(together.back().data()));
-      cuda::launch_row_norm({p.args(once.back().data())}, 132, kStream);
-    }
-    emulator::launches.clear();
-    cuda::launch_row_norm(args, sm_count, kStream);
-    // Rows that are shared, rows left over, tensor cores: three dtypes, aligned or not, each.
-    CHECK(emulator::launches.size() <= 18, "%zu launches", emulator::launches.size());
-    for (size_t i = 0; i < args.size(); ++i) {
-      CHECK(memcmp(once[i].data(), together[i].data(), 4 * once[i].size()) == 0,
-            "norms of tensor %zu, rank %ld, %d SMs", i, problems[i].rank, sm_count);
-    }
+  std::vector<std::vector<float>> once, together;
+  std::vector<cuda::RowNormArgs> args;
+  for (const Problem& p : problems) {
+    once.emplace_back(p.weight.rows);
+    together.emplace_back(p.weight.rows);
+    args.push_back(p.args(together.back().data()));
+    run_row_norm({p.args(once.back().data())});
+  }
+  emulator::launches.clear();
+  run_row_norm(args);
+  // Three dtypes, aligned or not, ranks 0, up to 16, up to 32: each prepared and run.
+  CHECK(emulator::launches.size() <= 36, "%zu launches", emulator::launches.size());
+  for (size_t i = 0; i < args.size(); ++i) {
+    CHECK(memcmp(once[i].data(), together[i].data(), 4 * once[i].size()) == 0,
+          "norms of tensor %zu, rank %ld", i, problems[i].rank);
   }
 }
 

@@ -149,22 +149,6 @@ void test_grids() {
       CHECK((blocks - 1) * kWarpsPerBlock < warps, "a block without work");
     }
   }
-  for (const int sm_count : {1, 108, 132}) {
-    const int64_t full = static_cast<int64_t>(sm_count) * kMmaRows;
-    CHECK(mma_tiles(full, sm_count) == 1 && mma_tiles(full + 1, sm_count) == 2, "row tiles");
-  }
-  CHECK(!norm_shares_rows(4095, 128) && norm_shares_rows(4096, 128), "rows that share A");
-}
-
-void test_fusion() {
-  CHECK(fuses(4096, kDirectRank, true) && fuses(1, 0, true), "rows that fit a block");
-  CHECK(!fuses(4097, 8, true) && !fuses(4096, kDirectRank + 1, true) && !fuses(64, 8, false),
-        "the others");
-  for (int64_t cols = 1; fuses(cols, 8, true); ++cols) {
-    const int threads = fused_threads(cols);
-    CHECK(threads % kWarp == 0 && threads <= kFusedThreads, "%d threads", threads);
-    CHECK(threads * kVector >= cols && (threads - kWarp) * kVector < cols, "%ld columns", cols);
-  }
 }
 
 // Every column of every row is in one unit.
@@ -245,7 +229,6 @@ int main() {
   test_all_finite<BFloat16>({0.0f, 0x1p-133f, 0.05f, 1e18f});
   test_all_finite<Float16>({0.0f, 0x1p-24f, 0.05f, 250.0f});
   test_grids();
-  test_fusion();
   test_units_cover();
   test_units_far();
   test_row_scales();

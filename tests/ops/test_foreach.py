@@ -98,17 +98,18 @@ def adapters(weights, device, rank_of):
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def test_row_norms_of_the_loop(model, device):
+def test_row_norms_of_the_loop(implementation, model, device):
     lora_As, lora_Bs = adapters(model.weights, device, lambda i: (1, 3, 8, 20)[i % 4])
     scalings = [0.5 + i for i in range(len(lora_As))]
     row_norm, foreach = flatkern.ops.row_norm, flatkern.ops.foreach_row_norm
     assert_all_same_bits(foreach(model.weights), [row_norm(w) for w in model.weights])
     lists = model.weights, lora_As, lora_Bs
-    one_for_all = foreach(*lists, 2)
-    assert_all_same_bits(one_for_all, [row_norm(*t, 2) for t in zip(*lists, strict=True)])
-    got = foreach(*lists, scalings)
-    assert_all_same_bits(got, [row_norm(*t) for t in zip(*lists, scalings, strict=True)])
-    assert all(norm.dtype == torch.float32 and not norm.requires_grad for norm in got)
+    for factors, scaling in ((2, [2] * len(scalings)), (scalings, scalings)):
+        norms = foreach(*lists, factors)
+        for norm, *arguments in zip(norms, *lists, scaling, strict=True):
+            tolerances.assert_same_norms(implementation, norm, row_norm(*arguments))
+            assert norm.dtype == torch.float32
+            assert not norm.requires_grad
 
 
 def test_empty_lists(device):

@@ -60,17 +60,7 @@ def test_aligned():
 
 
 @pytest.mark.parametrize(
-    ("rank", "form"), [(0, "none"), (1, "one chunk"), (16, "one chunk"), (17, "chunks")]
+    ("rank", "together"), [(0, 0), (1, 16), (16, 16), (17, 32), (48, 64), (64, 64), (65, 64)]
 )
-def test_adapters(rank, form):
-    assert _launch.adapters(rank) == form
-
-
-def test_threads_of_the_one_pass_kernel_have_a_vector_each():
-    threads = 32 * _launch.NORM_WARPS
-    assert _launch.merged_vectors() * _launch.NORM_TILE.rows == threads
-
-
-def test_one_pass_is_for_rows_that_stay_in_cache():
-    assert _launch.fits_one_pass(torch.empty(1, 4096, dtype=torch.bfloat16, device="meta"))
-    assert not _launch.fits_one_pass(torch.empty(1, 4096, device="meta"))
+def test_ranks_of_a_row_norm(rank, together):
+    assert _launch.norm_ranks(rank) == together
