@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,15 @@ inline ResidualParts parts_of(const at::Tensor& residual, const Chunks& chunks) 
           reinterpret_cast<uint32_t*>(bytes + kResidualHeader),
           reinterpret_cast<uint32_t*>(bytes + pool),
           static_cast<uint64_t>(residual.numel() - pool) / 4};
+}
+
+// A hash (FNV-1a) of all that may move a bit of the noise or of the brackets.
+inline uint64_t implementation_of(const std::string& parts) {
+  uint64_t hash = 0xCBF29CE484222325u;
+  for (const unsigned char c : std::to_string(kNoiseVersion) + FLATKERN_TORCH_VERSION + parts) {
+    hash = (hash ^ c) * 0x100000001B3u;
+  }
+  return hash;
 }
 
 template <class Backend>
@@ -173,7 +183,6 @@ struct Ops {
   static void run_inplace(const at::Tensor& on, const std::vector<PerturbArgs>& tensors,
                           at::TensorList residuals) {
     if (residuals.empty()) return (Restores ? Backend::restore : Backend::perturb)(on, tensors);
-    for (const at::Tensor& residual : residuals) check_one_device(residual, on);
     (Restores ? Backend::restore_residual : Backend::perturb_residual)(tensors, residuals);
   }
 
@@ -195,6 +204,8 @@ struct Ops {
       tensors.push_back(perturb_args(weights[i], weights[i], words[i], row_scales[i], elementwise,
                                      row_offsets[i], col_offsets[i]));
     }
+    for (const at::Tensor& residual : residuals) check_one_device(residual, weights[0]);
+    if (!residuals.empty() && !Backend::template admits<Restores>(tensors, residuals)) return;
     if (!overlap(tensors, residuals)) return run_inplace<Restores>(weights[0], tensors, residuals);
     for (size_t i = 0; i < count; ++i) {
       run_inplace<Restores>(weights[0], {tensors[i]},
@@ -214,31 +225,67 @@ struct Ops {
   // The adapters as the row norm reads them: float32, B times scaling, A padded with zeros and
   // 16-byte aligned. They are small; the arguments hold pointers into them.
   struct Adapters {
-    at::Tensor lora_A, lora_B;
+    at::Tensor lora_A, scaled_B;
+    const float* lora_B;
   };
 
-  static Adapters prepare_adapters(const at::Tensor& weight, const OptionalTensor& lora_A,
-                                   const OptionalTensor& lora_B, double scaling) {
-    if (!lora_A.has_value() || !lora_B.has_value()) return {};
-    TORCH_CHECK(lora_A->dim() == 2 && lora_B->dim() == 2 && lora_A->size(1) == weight.size(1) &&
-                    lora_B->size(0) == weight.size(0) && lora_A->size(0) == lora_B->size(1),
+  static void check_adapters(const at::Tensor& weight, const at::Tensor& lora_A,
+                             const at::Tensor& lora_B) {
+    TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2 &&
+                    lora_A.size(1) == weight.size(1) && lora_B.size(0) == weight.size(0) &&
+                    lora_A.size(0) == lora_B.size(1),
                 Backend::kName, ": lora_A must be [r, n] and lora_B [m, r]");
-    TORCH_CHECK(lora_A->device() == weight.device() && lora_B->device() == weight.device(),
+    TORCH_CHECK(lora_A.device() == weight.device() && lora_B.device() == weight.device(),
                 Backend::kName, ": adapters must be on the weight's device");
+  }
+
+  static at::Tensor padded_A(const at::Tensor& lora_A) {
     constexpr int64_t kMultiple = Backend::kAdapterColumns;
-    const int64_t padding = (kMultiple - weight.size(1) % kMultiple) % kMultiple;
-    at::Tensor padded = lora_A->to(at::kFloat);
+    const int64_t padding = (kMultiple - lora_A.size(1) % kMultiple) % kMultiple;
+    at::Tensor padded = lora_A.to(at::kFloat);
     if (padding != 0) padded = at::constant_pad_nd(padded, {0, padding});
     padded = padded.contiguous();
     // A slice of a larger tensor may start anywhere.
     if (reinterpret_cast<uintptr_t>(padded.const_data_ptr()) % 16 != 0) padded = padded.clone();
-    return {padded, (lora_B->to(at::kFloat) * scaling).contiguous()};
+    return padded;
   }
 
+  // Of all tensors, the Bs in one allocation.
+  static std::vector<Adapters> prepare_all(at::TensorList weights, at::TensorList lora_As,
+                                           at::TensorList lora_Bs, at::ArrayRef<double> scalings) {
+    std::vector<Adapters> all(weights.size());
+    if (lora_As.empty()) return all;
+    int64_t elements = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      check_adapters(weights[i], lora_As[i], lora_Bs[i]);
+      elements += lora_Bs[i].numel();
+    }
+    const at::Tensor room = at::empty({elements}, weights[0].options().dtype(at::kFloat));
+    float* next = room.mutable_data_ptr<float>();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      Backend::scale(lora_Bs[i], scalings[i], next);
+      all[i] = {padded_A(lora_As[i]), room, next};
+      next += lora_Bs[i].numel();
+    }
+    return all;
+  }
+
+  // Of one.
+  static Adapters prepare_adapters(const at::Tensor& weight, const OptionalTensor& lora_A,
+                                   const OptionalTensor& lora_B, double scaling) {
+    if (!lora_A.has_value() || !lora_B.has_value()) return {};
+    return prepare_all(weight, *lora_A, *lora_B, scaling)[0];
+  }
+
+  // `norm` times `factor` is written.
   static RowNormArgs row_norm_args(const at::Tensor& weight, const Adapters& adapters,
-                                   const at::Tensor& norm) {
+                                   const at::Tensor& norm, double factor) {
     check_matrix(weight);
+    TORCH_CHECK(norm.scalar_type() == at::kFloat && norm.is_contiguous() &&
+                    norm.numel() == weight.size(0) && norm.device() == weight.device(),
+                Backend::kName, ": norms must be contiguous float32 [rows] on the weight's device");
     RowNormArgs args{};
+    args.relative_scale = static_cast<float>(factor);
     args.rows = weight.size(0);
     args.cols = weight.size(1);
     args.weight = weight.const_data_ptr();
@@ -248,7 +295,7 @@ struct Ops {
       args.rank = adapters.lora_A.size(0);
       args.lora_A = adapters.lora_A.template const_data_ptr<float>();
       args.lora_A_stride = adapters.lora_A.size(1);
-      args.lora_B = adapters.lora_B.template const_data_ptr<float>();
+      args.lora_B = adapters.lora_B;
     }
     args.norm = norm.mutable_data_ptr<float>();
     return args;
@@ -258,30 +305,38 @@ struct Ops {
                              const OptionalTensor& lora_B, double scaling) {
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
     at::Tensor norm = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
-    Backend::row_norm(norm, {row_norm_args(weight, adapters, norm)});
+    Backend::row_norm(norm, {row_norm_args(weight, adapters, norm, 1.0)});
     return norm;
   }
 
-  // All tensors on one device.
+  // All tensors on one device: row_scales[i] = factors[i] ||(W + s B A)_rows||.
+  static void foreach_row_scale_(at::TensorList row_scales, at::TensorList weights,
+                                 at::TensorList lora_As, at::TensorList lora_Bs,
+                                 at::ArrayRef<double> scalings, at::ArrayRef<double> factors) {
+    const size_t count = weights.size();
+    TORCH_CHECK(row_scales.size() == count && scalings.size() == count && factors.size() == count &&
+                    lora_As.size() == lora_Bs.size() &&
+                    (lora_As.empty() || lora_As.size() == count),
+                Backend::kName, ": lists must be of one length");
+    if (count == 0) return;
+    for (const at::Tensor& weight : weights) check_one_device(weight, weights[0]);
+    const std::vector<Adapters> adapters = prepare_all(weights, lora_As, lora_Bs, scalings);
+    std::vector<RowNormArgs> tensors;
+    for (size_t i = 0; i < count; ++i) {
+      tensors.push_back(row_norm_args(weights[i], adapters[i], row_scales[i], factors[i]));
+    }
+    Backend::row_norm(row_scales[0], tensors);
+  }
+
   static std::vector<at::Tensor> foreach_row_norm(at::TensorList weights, at::TensorList lora_As,
                                                   at::TensorList lora_Bs,
                                                   at::ArrayRef<double> scalings) {
-    const size_t count = weights.size();
-    TORCH_CHECK(scalings.size() == count && lora_As.size() == lora_Bs.size() &&
-                    (lora_As.empty() || lora_As.size() == count),
-                Backend::kName, ": lists must be of one length");
     std::vector<at::Tensor> norms;
-    std::vector<Adapters> adapters;
-    std::vector<RowNormArgs> tensors;
-    for (size_t i = 0; i < count; ++i) {
-      check_one_device(weights[i], weights[0]);
-      adapters.push_back(lora_As.empty()
-                             ? Adapters{}
-                             : prepare_adapters(weights[i], lora_As[i], lora_Bs[i], scalings[i]));
-      norms.push_back(at::empty({weights[i].size(0)}, weights[i].options().dtype(at::kFloat)));
-      tensors.push_back(row_norm_args(weights[i], adapters[i], norms[i]));
+    for (const at::Tensor& weight : weights) {
+      norms.push_back(at::empty({weight.size(0)}, weight.options().dtype(at::kFloat)));
     }
-    if (count != 0) Backend::row_norm(norms[0], tensors);
+    const std::vector<double> factors(weights.size(), 1.0);
+    foreach_row_scale_(norms, weights, lora_As, lora_Bs, scalings, factors);
     return norms;
   }
 
@@ -296,8 +351,8 @@ struct Ops {
     at::Tensor row_scale = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
     const double columns = static_cast<double>(std::max<int64_t>(weight.size(1), 1));
     Backend::perturb_merged(
-        row_scale, perturb_args(weight, weight, words, row_scale, elementwise, row_offset, 0),
-        row_norm_args(weight, adapters, row_scale), static_cast<float>(sigma / std::sqrt(columns)));
+        row_scale, {perturb_args(weight, weight, words, row_scale, elementwise, row_offset, 0),
+                    row_norm_args(weight, adapters, row_scale, sigma / std::sqrt(columns))});
     return row_scale;
   }
 
@@ -311,6 +366,7 @@ struct Ops {
     m.impl("restore_", inplace<true>);
     m.impl("perturb_merged_", perturb_merged_);
     m.impl("foreach_row_norm", foreach_row_norm);
+    m.impl("foreach_row_scale_", foreach_row_scale_);
     m.impl("foreach_perturb_", foreach_inplace<false>);
     m.impl("foreach_restore_", foreach_inplace<true>);
   }

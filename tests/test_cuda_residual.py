@@ -19,6 +19,7 @@ import torch
 from test_cuda_emulated import CPP, CUDA, FLAGS, compile_object, objects_folder
 
 from flatkern.ops import _residual
+from flatkern.reference import header
 from flatkern.reference import residual as reference
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
@@ -80,7 +81,7 @@ class Window:
         self.residual = torch.zeros(layout.pool_begin + 4 * words, dtype=torch.uint8)
         # What an earlier window may have left.
         self.residual[layout.pool_begin :] = 0xA5
-        _residual.create(self.residual, _residual.new_header(weight, words))
+        header.create(self.residual, _residual.new_header(weight, words))
 
     def tensor(self, weight=None, **changed):
         """The tensor of a launch; it points into what this window and `changed` hold."""
@@ -117,7 +118,7 @@ class Window:
         return _residual.read(self.residual)
 
     def check(self):
-        _residual.require_done("check_residual", self.residual)
+        _residual.raise_for("check_residual", self.header())
 
     def noise(self):
         """e = c z of every element: what -0 becomes."""
@@ -366,7 +367,7 @@ def test_what_is_not_this_weights_is_refused(library):
         window = Window(library, weight, scales(weight))
         window.residual[offset] ^= 1
         window.perturb()
-        with pytest.raises(RuntimeError, match="another shape or dtype"):
+        with pytest.raises(ValueError, match="another shape or dtype"):
             window.check()
     tolerances.assert_same_bits(weight, before)
 

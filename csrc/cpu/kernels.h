@@ -48,13 +48,13 @@ struct RowNormArgs {
   const float* lora_A;    // [rank, lora_A_stride], zeros past cols
   int64_t lora_A_stride;  // cols rounded up to kNormLanes
   const float* lora_B;    // [rows, rank], times scaling
+  float relative_scale;   // norm times this is written: 1, or sigma / sqrt(n)
   float* norm;            // [rows]
 };
 
 struct PerturbMergedArgs {
-  PerturbArgs perturb;   // row_scale unused
-  RowNormArgs row_norm;  // norm becomes the row scale
-  float relative_scale;  // sigma / sqrt(n)
+  PerturbArgs perturb;   // row_scale points at row_norm.norm
+  RowNormArgs row_norm;  // relative_scale makes norm the row scale
 };
 
 struct ResidualArgs {

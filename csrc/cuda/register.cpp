@@ -24,21 +24,16 @@ void launch(const at::Tensor& on, void (*launcher)(const Args&, int, cudaStream_
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A hash (FNV-1a) of all that may move a bit of the noise or of the brackets.
-uint64_t implementation_of(const cudaDeviceProp& device) {
-  const std::string parts = std::string("cuda 1 ") + FLATKERN_TORCH_VERSION +
-                            FLATKERN_CUDA_VERSION + FLATKERN_CUDA_ARCHS + FLATKERN_NVCC_FLAGS +
-                            device.name + std::to_string(device.major) + "." +
-                            std::to_string(device.minor);
-  uint64_t hash = 0xCBF29CE484222325u;
-  for (const unsigned char c : parts) hash = (hash ^ c) * 0x100000001B3u;
-  return hash;
+uint64_t implementation_on(const cudaDeviceProp& device) {
+  return implementation_of(std::string("cuda ") + FLATKERN_CUDA_VERSION + FLATKERN_CUDA_ARCHS +
+                           FLATKERN_NVCC_FLAGS + device.name + std::to_string(device.major) + "." +
+                           std::to_string(device.minor));
 }
 
 std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors,
                                          at::TensorList residuals) {
   const uint64_t implementation =
-      implementation_of(*at::cuda::getDeviceProperties(residuals[0].get_device()));
+      implementation_on(*at::cuda::getDeviceProperties(residuals[0].get_device()));
   std::vector<ResidualArgs> all;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const PerturbArgs& perturb = tensors[i];
@@ -73,20 +68,26 @@ struct Backend {
   static void restore(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
     launch(out, launch_restore, tensors);
   }
+  // The kernels compare each header themselves, and keep to its tensor what they refuse.
+  template <bool>
+  static bool admits(const std::vector<PerturbArgs>&, at::TensorList) {
+    return true;
+  }
   static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     launch(residuals[0], launch_perturb_residual, with_residuals(tensors, residuals));
   }
   static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     launch(residuals[0], launch_restore_residual, with_residuals(tensors, residuals));
   }
-  static void row_norm(const at::Tensor& norm, std::vector<RowNormArgs> tensors) {
-    for (RowNormArgs& args : tensors) args.relative_scale = 1.0f;
+  static void scale(const at::Tensor& values, double factor, float* out) {
+    at::Tensor result = at::from_blob(out, values.sizes(), values.options().dtype(at::kFloat));
+    at::mul_out(result, values.to(at::kFloat), at::Scalar(factor));
+  }
+  static void row_norm(const at::Tensor& norm, const std::vector<RowNormArgs>& tensors) {
     launch(norm, launch_row_norm, tensors);
   }
-  static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb,
-                             RowNormArgs row_norm, float relative_scale) {
-    row_norm.relative_scale = relative_scale;
-    launch(row_scale, launch_perturb_merged, PerturbMergedArgs{perturb, row_norm});
+  static void perturb_merged(const at::Tensor& row_scale, const PerturbMergedArgs& args) {
+    launch(row_scale, launch_perturb_merged, args);
   }
 };
 

@@ -21,9 +21,10 @@ _NATIVE = ("cpu", "cuda")
 _AUTOGRAD = torch.library.Library("flatkern", "IMPL")
 
 
-def define(name: str, schema: str, *, native: bool = True) -> None:
-    """Define `flatkern::name`; `native` ops get the same schema for the C++ kernels."""
-    namespaces = ["flatkern", *(f"flatkern_{backend}" for backend in _NATIVE if native)]
+def define(name: str, schema: str, *, native: bool = True, public: bool = True) -> None:
+    """Define `flatkern::name` if `public`, and if `native` the same for the C++ kernels."""
+    namespaces = ["flatkern"] if public else []
+    namespaces += [f"flatkern_{backend}" for backend in _NATIVE if native]
     for namespace in namespaces:
         torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
 

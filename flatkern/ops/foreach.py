@@ -10,11 +10,19 @@ from flatkern import _backend
 from flatkern.ops import _check, _residual
 from flatkern.ops._library import as_matrix, bump_versions, define, implement, kernel
 from flatkern.ops.perturb import check_values
+from flatkern.reference.header import admits
 
 # Lists of all tensors; empty adapters and residuals stand for none.
 define(
     "foreach_row_norm",
     "(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings) -> Tensor[]",
+)
+# row_scales[i] = factors[i] ||(W + s B A)_rows||; see ops/_windows.py.
+define(
+    "foreach_row_scale_",
+    "(Tensor(a!)[] row_scales, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "float[] scalings, float[] factors) -> ()",
+    public=False,
 )
 for _op in ("foreach_perturb_", "foreach_restore_"):
     define(
@@ -221,18 +229,19 @@ def _define_inplace(op: str, single: str) -> None:
             col_offsets=col_offsets,
         )
         if residuals:
-            _begin(op, single, elementwise, *lists)
+            _require_distinct(op, residuals)
+            for i, residual in enumerate(residuals):
+                _residual.check_place(f"{op}: tensor {i}", residual, weights[i])
         for backend, indices in _by_backend(weights):
             own = [[values[i] for i in indices] if values else [] for values in lists]
-            _run(op, single, backend, elementwise, *own)
-        if residuals:
-            _finish(op, single, residuals, weights)
+            _run(op, single, backend, elementwise, indices, *own)
 
     implement(op, select, fake)
 
 
-def _run(op, single, backend, elementwise, weights, row_scales, keys, residuals, rows, cols):
-    """All tensors are of one device and backend."""
+def _run(op, single, backend, elementwise, indices, *lists):
+    """All tensors are of one device and backend; `indices` are theirs in the call."""
+    weights, row_scales, keys, residuals, rows, cols = lists
     matrices = [as_matrix(weight) for weight in weights]
     if _has_list_form(backend):
         kernel(op, matrices[0], backend)(
@@ -244,7 +253,7 @@ def _run(op, single, backend, elementwise, weights, row_scales, keys, residuals,
             row_offsets=rows,
             col_offsets=cols,
         )
-    else:
+    elif not residuals or _all_admit(single, elementwise, matrices, *lists[1:]):
         run = kernel(single, matrices[0], backend)
         for i, matrix in enumerate(matrices):
             run(
@@ -256,18 +265,20 @@ def _run(op, single, backend, elementwise, weights, row_scales, keys, residuals,
                 row_offset=rows[i],
                 col_offset=cols[i],
             )
-    bump_versions(weights)
+    headers = {}
+    if residuals and not _residual.in_kernels(weights[0]):
+        headers = dict(zip(indices, _residual.read_all(residuals), strict=True))
+    for i, header in headers.items():
+        _residual.raise_refused(f"{op}: tensor {i}", header)
+    bump_versions([*weights, *residuals])
+    for i, header in headers.items():
+        _residual.raise_mismatched(f"{op}: tensor {i}", header)
 
 
-def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, cols):
-    """What the residuals refuse, before any of them is written."""
-    _require_distinct(op, residuals)
-    for i, residual in enumerate(residuals if single == "perturb_" else ()):
-        _residual.require_empty(f"{op}: tensor {i}", residual, weights[i])
-    begin = _residual.begin_perturb if single == "perturb_" else _residual.begin_restore
-    for i, residual in enumerate(residuals):
-        begin(
-            f"{op}: tensor {i}",
+def _all_admit(single, elementwise, weights, row_scales, keys, residuals, rows, cols):
+    """Whether no residual refuses; all are asked, before the reference writes one after another."""
+    answers = [
+        admits(
             residual,
             weights[i],
             row_scales[i],
@@ -275,7 +286,11 @@ def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, 
             elementwise=elementwise,
             row_offset=rows[i],
             col_offset=cols[i],
+            restore=single == "restore_",
         )
+        for i, residual in enumerate(residuals)
+    ]
+    return all(answers)
 
 
 def _require_distinct(op, residuals):
@@ -288,19 +303,6 @@ def _require_distinct(op, residuals):
                 f"{op}: residuals must be one for every weight, got residuals[{second}] in the "
                 f"memory of residuals[{first}]"
             )
-
-
-def _finish(op, single, residuals, weights):
-    """Note what was done; the first refusal is raised when all are noted."""
-    bump_versions(residuals)
-    failure = None
-    for i, residual in enumerate(residuals if single == "restore_" else ()):
-        try:
-            _residual.finish_restore(f"{op}: tensor {i}", residual, weights[i])
-        except RuntimeError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
 
 
 _define_inplace("foreach_perturb_", "perturb_")

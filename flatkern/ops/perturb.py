@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flatkern.ops import _check, _residual
-from flatkern.ops._library import as_matrix, bump_version, define, implement, kernel
+from flatkern.ops._library import as_matrix, bump_version, bump_versions, define, implement, kernel
 
 _OFFSETS = "SymInt row_offset=0, SymInt col_offset=0"
 _INPLACE = (
@@ -227,18 +227,20 @@ def _fake_out(weight, row_scale, key, *, elementwise=False, row_offset=0, col_of
     _check_out(weight, row_scale, key, row_offset, col_offset, out)
 
 
-def run_inplace(op, weight, row_scale, key, residual, options):
-    """Run `perturb_` or `restore_` on a backend; keep the residual's header if it does not."""
+def run_inplace(op, weight, row_scale, key, residual, options, named=None):
+    """Run `perturb_` or `restore_` on a backend; errors are those of the op `named`."""
+    named = named or op
     if residual is not None:
-        begin = _residual.begin_perturb if op == "perturb_" else _residual.begin_restore
-        begin(op, residual, weight, row_scale, key, **options)
+        _residual.check_place(named, residual, weight)
     run = kernel(op, weight)
     run(as_matrix(weight), row_scale, key, residual=residual, **options)
-    bump_version(weight)
-    if residual is not None:
-        bump_version(residual)
-        if op == "restore_":
-            _residual.finish_restore(op, residual, weight)
+    header = None
+    if residual is not None and not _residual.in_kernels(weight):
+        header = _residual.read(residual)
+        _residual.raise_refused(named, header)
+    bump_versions([weight] if residual is None else [weight, residual])
+    if header is not None:
+        _residual.raise_mismatched(named, header)
 
 
 def _inplace(op):

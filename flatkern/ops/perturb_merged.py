@@ -101,11 +101,11 @@ def _select(
     options = {"elementwise": elementwise, "row_offset": row_offset}
     if residual is not None:
         # The residual notes the scale that it is filled for before anything is written: two passes.
-        _residual.require_empty("perturb_merged_", residual, weight)
         norm = kernel("row_norm", weight)(as_matrix(weight), lora_A, lora_B, scaling)
         columns = max(as_matrix(weight).shape[1], 1)
         row_scale = norm * (sigma / math.sqrt(columns))
-        run_inplace("perturb_", weight, row_scale, key, residual, {**options, "col_offset": 0})
+        options["col_offset"] = 0
+        run_inplace("perturb_", weight, row_scale, key, residual, options, "perturb_merged_")
         return row_scale
     run = kernel("perturb_merged_", weight)
     row_scale = run(as_matrix(weight), lora_A, lora_B, scaling, sigma, key, **options)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flatkern.reference import header
 from flatkern.reference import residual as exact
 from flatkern.reference.noise import noise
 
@@ -76,9 +77,17 @@ def perturb_(
     row_offset: int = 0,
     col_offset: int = 0,
 ) -> None:
-    """`perturb` in place; with a residual, chunks that it has no room for stay as they are."""
+    """`perturb` in place; with a residual, chunks that it has no room for stay as they are.
+
+    A residual that does not allow it says why, and nothing is written; so in `restore_`.
+    """
     offsets = {"row_offset": row_offset, "col_offset": col_offset}
-    noisy = perturb(weight, row_scale, key, elementwise=elementwise, **offsets)
+    call = {"elementwise": elementwise, **offsets}
+    if residual is not None:
+        if not header.admits(residual, weight, row_scale, key, **call, restore=False):
+            return
+        header.begin_perturb(residual, weight, row_scale, key, **call)
+    noisy = perturb(weight, row_scale, key, **call)
     if residual is not None:
         e = _row_noise(weight, row_scale, key, **offsets)
         noisy = exact.encode(weight, noisy, e, elementwise, residual)
@@ -99,11 +108,16 @@ def restore_(
 
     Without one, up to rounding: S - e, or S / (1 + c_i z_ij sign(S)) if elementwise.
     """
-    e = _row_noise(weight, row_scale, key, row_offset, col_offset)
+    where = {"row_offset": row_offset, "col_offset": col_offset}
+    e = _row_noise(weight, row_scale, key, **where)
     if residual is not None:
+        call = {"elementwise": elementwise, **where}
+        if not header.admits(residual, weight, row_scale, key, **call, restore=True):
+            return
         clean, refused = exact.decode(weight, e, elementwise, residual)
         weight.copy_(clean)
         exact.settle(residual, weight, refused)
+        header.finish_restore(residual)
         return
     wide = _wide(weight)
     e = e.to(wide.dtype)
