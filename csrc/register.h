@@ -48,7 +48,7 @@ inline uint64_t implementation_of(const std::string& parts) {
 
 template <class Backend>
 struct Ops {
-  using Window = typename Backend::Window;
+  using Block = typename Backend::Block;
   using NoiseArgs = typename Backend::NoiseArgs;
   using PerturbArgs = typename Backend::PerturbArgs;
   using RowNormArgs = typename Backend::RowNormArgs;
@@ -88,8 +88,8 @@ struct Ops {
     return key.contiguous();
   }
 
-  static Window window_of(const at::Tensor& words, int64_t rows, int64_t cols, int64_t row_offset,
-                          int64_t col_offset) {
+  static Block block_of(const at::Tensor& words, int64_t rows, int64_t cols, int64_t row_offset,
+                        int64_t col_offset) {
     TORCH_CHECK(rows >= 0 && cols >= 0 && row_offset >= 0 && col_offset >= 0, Backend::kName,
                 ": sizes and offsets must not be negative");
     return {Backend::key_of(words.const_data_ptr<int64_t>()), rows, cols,
@@ -99,18 +99,18 @@ struct Ops {
   static at::Tensor philox_bits(int64_t rows, int64_t cols, const at::Tensor& key,
                                 int64_t row_offset, int64_t col_offset) {
     const at::Tensor words = words_of(key);
-    const Window window = window_of(words, rows, cols, row_offset, col_offset);
+    const Block block = block_of(words, rows, cols, row_offset, col_offset);
     at::Tensor out = at::empty({rows, cols}, key.options());
-    Backend::philox_bits(out, NoiseArgs{window, out.mutable_data_ptr()});
+    Backend::philox_bits(out, NoiseArgs{block, out.mutable_data_ptr()});
     return out;
   }
 
   static at::Tensor noise(int64_t rows, int64_t cols, const at::Tensor& key, int64_t row_offset,
                           int64_t col_offset) {
     const at::Tensor words = words_of(key);
-    const Window window = window_of(words, rows, cols, row_offset, col_offset);
+    const Block block = block_of(words, rows, cols, row_offset, col_offset);
     at::Tensor out = at::empty({rows, cols}, key.options().dtype(at::kFloat));
-    Backend::noise(out, NoiseArgs{window, out.mutable_data_ptr()});
+    Backend::noise(out, NoiseArgs{block, out.mutable_data_ptr()});
     return out;
   }
 
@@ -127,7 +127,7 @@ struct Ops {
     TORCH_CHECK(row_scale.scalar_type() == at::kFloat && row_scale.is_contiguous() &&
                     row_scale.numel() == weight.size(0),
                 Backend::kName, ": row_scale must be contiguous float32 [rows]");
-    return {window_of(words, weight.size(0), weight.size(1), row_offset, col_offset),
+    return {block_of(words, weight.size(0), weight.size(1), row_offset, col_offset),
             weight.const_data_ptr(),
             out.mutable_data_ptr(),
             dtype_of(weight),

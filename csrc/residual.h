@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "numeric.h"
+#include "args.h"
 
 namespace flatkern {
 
@@ -61,10 +61,10 @@ FLATKERN_HD uint64_t mixed_scale(float row_scale, int64_t row) {
 
 // The header that a perturbation with these arguments leaves, before its chunks count; `scales` is
 // the sum of mixed_scale.
-template <class PerturbArgs>
-FLATKERN_HD ResidualHeader header_of(const PerturbArgs& perturb, const NoiseKey& key,
+template <class Key>
+FLATKERN_HD ResidualHeader header_of(const PerturbArgs<Key>& perturb, const NoiseKey& key,
                                      uint64_t scales, uint64_t implementation, uint64_t capacity) {
-  const auto& block = perturb.window;
+  const Block<Key>& block = perturb.window;
   ResidualHeader header = {};
   header.magic = kResidualMagic;
   header.version = kResidualVersion;

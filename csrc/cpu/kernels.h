@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../numeric.h"
+#include "../args.h"
 #include "../residual.h"
 
 // AVX2 and AVX-512 beside the portable kernels, in one build and without -march.
@@ -18,27 +18,9 @@
 
 namespace flatkern::cpu {
 
-// A range of global coordinates: the noise's address space.
-struct Window {
-  NoiseKey key;
-  int64_t rows, cols;
-  uint64_t row_offset, col_offset;
-};
-
-struct NoiseArgs {
-  Window window;
-  void* out;  // float [rows, cols], or int64 for the raw words
-};
-
-struct PerturbArgs {
-  Window window;
-  const void* weight;
-  void* out;  // may be weight itself
-  Dtype weight_dtype, out_dtype;
-  int64_t weight_stride, out_stride;  // between rows, in elements; columns are adjacent
-  const float* row_scale;
-  bool elementwise;
-};
+using Block = Block<NoiseKey>;
+using NoiseArgs = flatkern::NoiseArgs<NoiseKey>;
+using PerturbArgs = flatkern::PerturbArgs<NoiseKey>;
 
 struct RowNormArgs {
   int64_t rows, cols, rank;

@@ -47,7 +47,7 @@ template <class Args>
 void for_blocks(const std::vector<Args>& tensors, void (*run)(const Args&, int64_t, int64_t)) {
   std::vector<Task> tasks;
   for (const Args& args : tensors) {
-    const Window& w = args.window;
+    const Block& w = args.window;
     tasks.push_back({w.rows * blocks_per_row(w.cols), std::min(w.cols, kBlockCols)});
   }
   parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(tensors[i], begin, end); });
@@ -101,7 +101,7 @@ ResidualHeader header_of(const PerturbArgs& args, const at::Tensor& residual) {
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
-  using Window = cpu::Window;
+  using Block = cpu::Block;
   using NoiseArgs = cpu::NoiseArgs;
   using PerturbArgs = cpu::PerturbArgs;
   using RowNormArgs = cpu::RowNormArgs;

@@ -47,7 +47,7 @@ std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
-  using Window = cuda::Window;
+  using Block = cuda::Window;
   using NoiseArgs = cuda::NoiseArgs;
   using PerturbArgs = cuda::PerturbArgs;
   using RowNormArgs = cuda::RowNormArgs;

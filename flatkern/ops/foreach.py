@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from flatkern import _backend
+from flatkern._noise import Noise
 from flatkern.ops import _check, _residual
 from flatkern.ops._library import as_matrix, bump_versions, define, implement, kernel
+from flatkern.ops._lists import run_inplace, takes_lists
 from flatkern.ops.perturb import check_values
-from flatkern.reference.header import admits
 
 # Lists of all tensors; empty adapters and residuals stand for none.
 define(
     "foreach_row_norm",
     "(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings) -> Tensor[]",
 )
-# row_scales[i] = factors[i] ||(W + s B A)_rows||; see ops/_windows.py.
+# row_scales[i] = factors[i] ||(W + s B A)_rows||; see ops/_lists.py.
 define(
     "foreach_row_scale_",
     "(Tensor(a!)[] row_scales, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
@@ -167,11 +168,6 @@ def _by_backend(tensors: Sequence[Tensor]) -> Iterator[tuple[str, list[int]]]:
         yield backend, sorted(indices)
 
 
-def _has_list_form(backend: str) -> bool:
-    """Whether the backend has kernels for many tensors; the others take one after the other."""
-    return backend in ("cpu", "cuda")
-
-
 def _check_row_norm(weights, lora_As, lora_Bs, scalings):
     for i, weight in enumerate(weights):
         op = f"foreach_row_norm: tensor {i}"
@@ -189,7 +185,7 @@ def _select_row_norm(weights, lora_As, lora_Bs, scalings):
             [values[i] for i in indices] if values else []
             for values in (lora_As, lora_Bs, scalings)
         )
-        if _has_list_form(backend):
+        if takes_lists(backend):
             run = kernel("foreach_row_norm", matrices[0], backend)
             found = run(matrices, own_As, own_Bs, own_scalings)
         else:
@@ -215,7 +211,8 @@ def _define_inplace(op: str, single: str) -> None:
     def fake(weights, row_scales, keys, *, elementwise, residuals, row_offsets, col_offsets):
         for i, weight in enumerate(weights):
             own = f"{op}: tensor {i}"
-            check_values(own, weight, row_scales[i], keys[i], row_offsets[i], col_offsets[i])
+            where = {"row_offset": row_offsets[i], "col_offset": col_offsets[i]}
+            check_values(own, weight, Noise(row_scales[i], keys[i], **where))
             if residuals:
                 _residual.check(own, residuals[i], weight)
 
@@ -241,30 +238,9 @@ def _define_inplace(op: str, single: str) -> None:
 
 def _run(op, single, backend, elementwise, indices, *lists):
     """All tensors are of one device and backend; `indices` are theirs in the call."""
-    weights, row_scales, keys, residuals, rows, cols = lists
+    weights, residuals = lists[0], lists[3]
     matrices = [as_matrix(weight) for weight in weights]
-    if _has_list_form(backend):
-        kernel(op, matrices[0], backend)(
-            matrices,
-            row_scales,
-            keys,
-            elementwise=elementwise,
-            residuals=residuals,
-            row_offsets=rows,
-            col_offsets=cols,
-        )
-    elif not residuals or _all_admit(single, elementwise, matrices, *lists[1:]):
-        run = kernel(single, matrices[0], backend)
-        for i, matrix in enumerate(matrices):
-            run(
-                matrix,
-                row_scales[i],
-                keys[i],
-                elementwise=elementwise,
-                residual=residuals[i] if residuals else None,
-                row_offset=rows[i],
-                col_offset=cols[i],
-            )
+    run_inplace(single, backend, elementwise, matrices, *lists[1:])
     headers = {}
     if residuals and not _residual.in_kernels(weights[0]):
         headers = dict(zip(indices, _residual.read_all(residuals), strict=True))
@@ -273,24 +249,6 @@ def _run(op, single, backend, elementwise, indices, *lists):
     bump_versions([*weights, *residuals])
     for i, header in headers.items():
         _residual.raise_mismatched(f"{op}: tensor {i}", header)
-
-
-def _all_admit(single, elementwise, weights, row_scales, keys, residuals, rows, cols):
-    """Whether no residual refuses; all are asked, before the reference writes one after another."""
-    answers = [
-        admits(
-            residual,
-            weights[i],
-            row_scales[i],
-            keys[i],
-            elementwise=elementwise,
-            row_offset=rows[i],
-            col_offset=cols[i],
-            restore=single == "restore_",
-        )
-        for i, residual in enumerate(residuals)
-    ]
-    return all(answers)
 
 
 def _require_distinct(op, residuals):

@@ -9,11 +9,11 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flatkern._noise import Noise
 from flatkern._version import NOISE_VERSION, __version__
 from flatkern.reference.residual import Layout
 
@@ -109,33 +109,22 @@ def write(residual: Tensor, header: Header) -> None:
     residual[: _FIELDS.size] = torch.frombuffer(data, dtype=torch.uint8)
 
 
-def admits(
-    residual: Tensor,
-    weight: Tensor,
-    row_scale: Tensor,
-    key: Tensor,
-    *,
-    elementwise: bool,
-    row_offset: int,
-    col_offset: int,
-    restore: bool,
-) -> bool:
+def admits(residual: Tensor, weight: Tensor, noise: Noise, *, restore: bool) -> bool:
     """Whether the residual allows a perturbation or a restore; if not, it says why."""
-    now = _header_of(residual, weight, row_scale, key, elementwise, row_offset, col_offset)
     then = read(residual)
-    refused = _refusal(now, then, restore)
+    refused = _refusal(_header_of(residual, weight, noise), then, restore)
     # Other bytes are not ours to write.
     if refused > 1:
         write(residual, replace(then, refused=refused))
     return not refused
 
 
-def begin_perturb(residual: Tensor, *call: Any, **where: Any) -> None:
+def begin_perturb(residual: Tensor, weight: Tensor, noise: Noise) -> None:
     """Note a perturbation that was admitted, before the weight is written.
 
     Interrupted here, a restore finds every chunk clean, as when the residual was empty.
     """
-    write(residual, _header_of(residual, *call, **where))
+    write(residual, _header_of(residual, weight, noise))
 
 
 def finish_restore(residual: Tensor) -> None:
@@ -144,23 +133,23 @@ def finish_restore(residual: Tensor) -> None:
     write(residual, replace(header, state=FILLED if header.mismatched else EMPTY, refused=0))
 
 
-def _header_of(residual, weight, row_scale, key, elementwise, row_offset, col_offset) -> Header:
-    """What a perturbation with these arguments leaves, before its chunks count."""
+def _header_of(residual: Tensor, weight: Tensor, noise: Noise) -> Header:
+    """What a perturbation leaves, before its chunks count."""
     words = (residual.numel() - layout_of(weight).pool_begin) // 4
-    seed, step, draw, tensor = (word & 0xFFFFFFFF for word in key.tolist())
+    seed, step, draw, tensor = (word & 0xFFFFFFFF for word in noise.key.tolist())
     # A device that flushes denormals makes other noise.
     flushes = not torch.full((1,), 1e-39, device="cpu").mul_(0.5).any()
     return replace(
         new_header(weight, words),
-        elementwise=int(elementwise),
-        row_offset=row_offset,
-        col_offset=col_offset,
+        elementwise=int(noise.elementwise),
+        row_offset=noise.row_offset,
+        col_offset=noise.col_offset,
         seed=seed,
         step=step,
         draw=draw,
         tensor=tensor,
         implementation=_implementation(weight.device.type, bool(flushes)),
-        row_scale=_digest(row_scale),
+        row_scale=_digest(noise.row_scale),
         state=FILLED,
     )
 
