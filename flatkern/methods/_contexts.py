@@ -58,15 +58,3 @@ def still_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.track_running_stats = True
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module has the mode that it had."""
-    modules = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in modules:
-            module.training = True
