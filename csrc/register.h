@@ -328,18 +328,6 @@ struct Ops {
     Backend::row_norm(row_scales[0], tensors);
   }
 
-  static std::vector<at::Tensor> foreach_row_norm(at::TensorList weights, at::TensorList lora_As,
-                                                  at::TensorList lora_Bs,
-                                                  at::ArrayRef<double> scalings) {
-    std::vector<at::Tensor> norms;
-    for (const at::Tensor& weight : weights) {
-      norms.push_back(at::empty({weight.size(0)}, weight.options().dtype(at::kFloat)));
-    }
-    const std::vector<double> factors(weights.size(), 1.0);
-    foreach_row_scale_(norms, weights, lora_As, lora_Bs, scalings, factors);
-    return norms;
-  }
-
   static at::Tensor perturb_merged_(at::Tensor& weight, const OptionalTensor& lora_A,
                                     const OptionalTensor& lora_B, double scaling, double sigma,
                                     const at::Tensor& key, bool elementwise,
@@ -365,7 +353,6 @@ struct Ops {
     m.impl("perturb_", inplace<false>);
     m.impl("restore_", inplace<true>);
     m.impl("perturb_merged_", perturb_merged_);
-    m.impl("foreach_row_norm", foreach_row_norm);
     m.impl("foreach_row_scale_", foreach_row_scale_);
     m.impl("foreach_perturb_", foreach_inplace<false>);
     m.impl("foreach_restore_", foreach_inplace<true>);

@@ -28,7 +28,7 @@ LEVELS = {
     "__init__": 6,
 }
 IMPLEMENTATIONS = ("reference", "triton", "_C")
-# Private modules at the top (_backend, _bits, _machine, _memory, _noise,) carry no part of the
+# Private modules at the top (_backend, _machine, _noise and others) carry no part of the
 # meaning and may be used anywhere; of the rest they may know the extension that they load.
 THIRD_PARTY = ("integrations", "demo", "cli")
 ALLOWED_THIRD_PARTY = {"triton": {"triton"}, "nn": {"safetensors"}}

@@ -9,14 +9,15 @@ from torch import Tensor
 from flatkern import _backend
 from flatkern._noise import Noise
 from flatkern.ops import _check, _residual
-from flatkern.ops._library import as_matrix, bump_versions, define, implement, kernel
-from flatkern.ops._lists import run_inplace, takes_lists
+from flatkern.ops._library import as_matrix, bump_versions, define, implement
+from flatkern.ops._lists import row_scales_, run_inplace
 from flatkern.ops.perturb import check_values
 
 # Lists of all tensors; empty adapters and residuals stand for none.
 define(
     "foreach_row_norm",
     "(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings) -> Tensor[]",
+    native=False,
 )
 # row_scales[i] = factors[i] ||(W + s B A)_rows||; see ops/_lists.py.
 define(
@@ -38,6 +39,10 @@ def foreach_row_norm(
     lora_As: Sequence[Tensor] | None = None,
     lora_Bs: Sequence[Tensor] | None = None,
     scalings: float | Sequence[float] = 1.0,
+    *,
+    factors: Sequence[float] | None = None,
+    out: Sequence[Tensor] | None = None,
+    checked: bool = False,
 ) -> list[Tensor]:
     """`row_norm` of every weight, bit for bit; shapes, dtypes and devices may differ.
 
@@ -45,6 +50,10 @@ def foreach_row_norm(
         weights: see `row_norm`.
         lora_As, lora_Bs: one of each for every weight, or None.
         scalings: one for every weight, or one for all.
+        factors: what each weight's norms are multiplied by, in float32; None: 1.
+        out: float32 [m] for each weight, written and returned; None: new tensors.
+        checked: that such lists passed before, as matrices of one device and backend: then only
+            what guards memory is looked at, in a single call into the kernels.
 
     Returns:
         float32 [m] for each weight.
@@ -53,6 +62,8 @@ def foreach_row_norm(
         TypeError, ValueError: as `row_norm`; or lists of different lengths.
     """
     op = "foreach_row_norm"
+    if checked:
+        return _write_row_norms(weights, lora_As, lora_Bs, scalings, factors, out)
     _check_list(op, Tensor, "weights", weights)
     if (lora_As is None) != (lora_Bs is None):
         missing, given = ("lora_As", "lora_Bs") if lora_As is None else ("lora_Bs", "lora_As")
@@ -66,12 +77,35 @@ def foreach_row_norm(
     if not isinstance(scalings, list | tuple):
         scalings = [scalings] * len(weights)
     _check_list(op, (float, int), "scalings", scalings, len(weights))
-    return torch.ops.flatkern.foreach_row_norm(
+    for name, values, accepted in (("factors", factors, (float, int)), ("out", out, Tensor)):
+        if values is not None:
+            _check_list(op, accepted, name, values, len(weights))
+    norms = torch.ops.flatkern.foreach_row_norm(
         [weight.detach() for weight in weights],
         [lora_A.detach() for lora_A in lora_As],
         [lora_B.detach() for lora_B in lora_Bs],
         scalings,
     )
+    if factors is not None:
+        norms = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
+    if out is None:
+        return norms
+    for i, norm in enumerate(norms):
+        _check.row_scale(f"{op}: tensor {i}", out[i], len(norm), norm, "out")
+    for result, norm in zip(out, norms, strict=True):
+        result.copy_(norm)
+    return list(out)
+
+
+def _write_row_norms(weights, lora_As, lora_Bs, scalings, factors, out):
+    """Lists that were checked."""
+    if out is None:
+        out = [w.new_empty(w.shape[0], dtype=torch.float32) for w in weights]
+    if weights:
+        backend = _backend.resolve(weights[0].device.type, weights[0].dtype)
+        factors = [1.0] * len(weights) if factors is None else factors
+        row_scales_(backend, out, weights, lora_As or (), lora_Bs or (), scalings, factors)
+    return out
 
 
 def foreach_perturb_(
@@ -83,6 +117,7 @@ def foreach_perturb_(
     residuals: Sequence[Tensor] | None = None,
     row_offsets: Sequence[int] | None = None,
     col_offsets: Sequence[int] | None = None,
+    checked: bool = False,
 ) -> None:
     """`perturb_` of every weight, bit for bit; shapes, dtypes and devices may differ.
 
@@ -94,13 +129,16 @@ def foreach_perturb_(
         elementwise: for all of them.
         residuals: one for every weight, or None.
         row_offsets, col_offsets: one for every weight; None: 0.
+        checked: that such lists passed before, as matrices of one device and backend: then only
+            what guards memory is looked at, in a single call into the kernels, and what a residual
+            refuses stands in it alone, see `check_residual`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `perturb_`; lists of different lengths; residuals
             that share memory.
     """
     lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
-    _inplace("foreach_perturb_", elementwise, *lists)
+    _inplace("foreach_perturb_", checked, elementwise, *lists)
 
 
 def foreach_restore_(
@@ -112,6 +150,7 @@ def foreach_restore_(
     residuals: Sequence[Tensor] | None = None,
     row_offsets: Sequence[int] | None = None,
     col_offsets: Sequence[int] | None = None,
+    checked: bool = False,
 ) -> None:
     """`restore_` of every weight, bit for bit. Arguments and errors: as `foreach_perturb_`.
 
@@ -119,14 +158,22 @@ def foreach_restore_(
     residuals refuse chunks that changed, all other chunks of all weights are restored.
     """
     lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
-    _inplace("foreach_restore_", elementwise, *lists)
+    _inplace("foreach_restore_", checked, elementwise, *lists)
 
 
-def _inplace(op, elementwise, weights, row_scales, keys, residuals, row_offsets, col_offsets):
-    _check_list(op, Tensor, "weights", weights)
-    count = len(weights)
+def _inplace(
+    op, checked, elementwise, weights, row_scales, keys, residuals, row_offsets, col_offsets
+):
+    count = len(weights) if checked else _count(op, weights)
     row_offsets = [0] * count if row_offsets is None else row_offsets
     col_offsets = [0] * count if col_offsets is None else col_offsets
+    if checked:
+        if weights:
+            backend = _backend.resolve(weights[0].device.type, weights[0].dtype)
+            lists = weights, row_scales, keys, residuals or (), row_offsets, col_offsets
+            run_inplace(op.removeprefix("foreach_"), backend, elementwise, *lists)
+            bump_versions(weights)
+        return
     _check_list(op, Tensor, "row_scales", row_scales, count)
     _check_list(op, Tensor, "keys", keys, count)
     if residuals is not None:
@@ -143,6 +190,11 @@ def _inplace(op, elementwise, weights, row_scales, keys, residuals, row_offsets,
         row_offsets=row_offsets,
         col_offsets=col_offsets,
     )
+
+
+def _count(op, weights):
+    _check_list(op, Tensor, "weights", weights)
+    return len(weights)
 
 
 def _check_list(op, accepted, name, values, count=None):
@@ -177,23 +229,11 @@ def _check_row_norm(weights, lora_As, lora_Bs, scalings):
 
 
 def _select_row_norm(weights, lora_As, lora_Bs, scalings):
-    _check_row_norm(weights, lora_As, lora_Bs, scalings)
-    norms: list[Tensor | None] = [None] * len(weights)
+    norms = _fake_row_norm(weights, lora_As, lora_Bs, scalings)
     for backend, indices in _by_backend(weights):
-        matrices = [as_matrix(weights[i]) for i in indices]
-        own_As, own_Bs, own_scalings = (
-            [values[i] for i in indices] if values else []
-            for values in (lora_As, lora_Bs, scalings)
-        )
-        if takes_lists(backend):
-            run = kernel("foreach_row_norm", matrices[0], backend)
-            found = run(matrices, own_As, own_Bs, own_scalings)
-        else:
-            run = kernel("row_norm", matrices[0], backend)
-            none = [None] * len(indices)
-            found = map(run, matrices, own_As or none, own_Bs or none, own_scalings)
-        for i, norm in zip(indices, found, strict=True):
-            norms[i] = norm
+        lists = norms, [as_matrix(weight) for weight in weights], lora_As, lora_Bs, scalings
+        own = [[values[i] for i in indices] if values else [] for values in lists]
+        row_scales_(backend, *own, [1.0] * len(indices))
     return norms
 
 
