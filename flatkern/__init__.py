@@ -3,7 +3,16 @@
 from flatkern import methods, nn, noise, ops
 from flatkern._backend import available_backends, backend, build_info
 from flatkern._version import __version__
-from flatkern.noise import Fisher, NoiseKey, WeightNoise, constant, cosine_ramp, linear_ramp, lpf
+from flatkern.noise import (
+    Fisher,
+    NoiseKey,
+    WeightNoise,
+    close,
+    constant,
+    cosine_ramp,
+    linear_ramp,
+    lpf,
+)
 
 __all__ = [
     "Fisher",
@@ -13,6 +22,7 @@ __all__ = [
     "available_backends",
     "backend",
     "build_info",
+    "close",
     "constant",
     "cosine_ramp",
     "linear_ramp",

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatkern.methods._layers import WeightGradient, recording, row_squares
+from flatkern.methods._layers import WeightGradient, recording
 from flatkern.methods.base import LossFn, Method
 from flatkern.nn import LoRALinear
+from flatkern.nn.names import named_modules
 from flatkern.noise import Fisher, WeightNoise
 from flatkern.noise.schedules import Schedule
 
@@ -67,7 +68,7 @@ class Windowed(Method):
         frozen = [name for name in self.noise.names if name not in self.trainable()]
         layers = {
             f"{name}.weight": module
-            for name, module in self.model.named_modules()
+            for name, module in named_modules(self.model)
             if isinstance(module, LoRALinear)
         }
         unknown = [name for name in frozen if name not in layers]
@@ -98,7 +99,7 @@ class Windowed(Method):
         factor = weight * (1.0 if self.scaler is None else self.scaler.get_scale())
         for name in self.noise.names:
             if name in trainable and trainable[name].grad is not None:
-                squares[name] = row_squares(trainable[name].grad)
+                squares[name] = self.noise.row_squares(name, trainable[name].grad)
         self._seen = {name: square / factor**2 for name, square in squares.items()}
         for name, p in trainable.items():
             if before[name] is not None:

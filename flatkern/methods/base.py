@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatkern.nn.names import named_parameters
 from flatkern.ops import _check
 
 LossFn = Callable[[Any], Tensor]
@@ -74,7 +75,7 @@ class Method:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The model's trainable parameters by name."""
-        return {key: p for key, p in self.model.named_parameters() if p.requires_grad}
+        return {key: p for key, p in named_parameters(self.model) if p.requires_grad}
 
     def step(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """One optimizer step: forwards, backwards, `optimizer.step()` and `zero_grad()`.

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flatkern.nn.pissa import pissa_factors
-from flatkern.nn.sites import noisy_product
+from flatkern.nn.sites import CLOSE_FIRST, noisy_product
 from flatkern.ops import _check
 
 _OP = "LoRALinear"
@@ -304,7 +304,7 @@ class LoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """W + s B A of the clean W, in the weight's dtype, rounded once; a new tensor."""
         clean = self._clean_weight if self.merged else self.weight
-        if self._window is not None:
+        if self._window is not None and not self.merged:
             clean = self._window.clean_weight()
         with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
             return self._merge(clean).to(clean.dtype)
@@ -323,9 +323,9 @@ class LoRALinear(nn.Module):
         refused.
 
         Raises:
-            RuntimeError: a window of `WeightNoise` is open.
+            RuntimeError: a window of `WeightNoise` is open, and not paused.
         """
-        self.require_closed("merge")
+        self._require_clean("merge")
         if not self.merged:
             merged = self.merged_weight()
             self._clean_weight = self.weight.detach().clone()
@@ -336,9 +336,9 @@ class LoRALinear(nn.Module):
         """Put the exact bits of the clean weight back; nothing happens if it is not merged.
 
         Raises:
-            RuntimeError: a window of `WeightNoise` is open.
+            RuntimeError: a window of `WeightNoise` is open, and not paused.
         """
-        self.require_closed("unmerge")
+        self._require_clean("unmerge")
         if self.merged:
             with torch.no_grad():
                 self.weight.copy_(self._clean_weight)
@@ -347,7 +347,15 @@ class LoRALinear(nn.Module):
     def require_closed(self, action: str) -> None:
         """RuntimeError while a window of `WeightNoise` is open, paused or not."""
         if self._window is not None:
-            raise RuntimeError(f"{_OP}: {action} inside a noise window; close the window first")
+            raise RuntimeError(f"{_OP}: {action} inside a noise window; {CLOSE_FIRST}")
+
+    def _require_clean(self, action: str) -> None:
+        """RuntimeError where a window shows noise, or has it written in the weight."""
+        window = self._window
+        if window is not None and (window.noisy or window.perturbed):
+            raise RuntimeError(
+                f"{_OP}: {action} inside a noise window; use paused(), or {CLOSE_FIRST}"
+            )
 
     def extra_repr(self) -> str:
         """Sizes and options, for print(model)."""

@@ -10,6 +10,8 @@ from flatkern.ops.noisy_linear import autocast_dtype, call_noisy_linear
 # The attribute under which a module of another library has its site; a plain object in the
 # module's __dict__, so that no state_dict names it.
 ATTRIBUTE = "_flatkern_site"
+# What messages about an open window advise: whoever reads them may not have the object.
+CLOSE_FIRST = "close the window first (flatkern.close(model) does, whoever opened it)"
 
 
 class Quantized(Protocol):
@@ -65,6 +67,14 @@ def site_of(module: nn.Module) -> Site | None:
     return module if hasattr(type(module), "enter_window") else module.__dict__.get(ATTRIBUTE)
 
 
+def mark_called(window: Any) -> None:
+    """Note in the open window that this layer's product runs; compiled code does not note it."""
+    if not torch.compiler.is_compiling():
+        window.called = True
+    elif window.traced is not None:
+        window.traced()
+
+
 def noisy_product(
     window: Any,
     x: Tensor,
@@ -75,6 +85,7 @@ def noisy_product(
     scaling: float = 1.0,
 ) -> Tensor:
     """x (W_noisy + s B A)^T + b with the window's noise, in the dtype that nn.Linear would give."""
+    mark_called(window)
     dtype = autocast_dtype(x)
     run = window.sharded_linear or call_noisy_linear
     return run(

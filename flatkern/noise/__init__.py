@@ -2,7 +2,17 @@
 
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
+from flatkern.noise.registry import close
 from flatkern.noise.schedules import constant, cosine_ramp, linear_ramp, lpf
 from flatkern.noise.window import WeightNoise
 
-__all__ = ["Fisher", "NoiseKey", "WeightNoise", "constant", "cosine_ramp", "linear_ramp", "lpf"]
+__all__ = [
+    "Fisher",
+    "NoiseKey",
+    "WeightNoise",
+    "close",
+    "constant",
+    "cosine_ramp",
+    "linear_ramp",
+    "lpf",
+]

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from flatkern import ops
+from flatkern.noise.rows import Rows
 from flatkern.ops._residual import FILLED, Header, in_kernels, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
 # Times the pool that a window was measured to need.
 _SPARE = 1.1
+# Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
+_PANEL = 2**20
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Kept(NamedTuple):
@@ -28,6 +32,8 @@ class Kept(NamedTuple):
     # Where a shard begins in the whole weight.
     row_offset: int = 0
     col_offset: int = 0
+    # None: those of dim0 x rest.
+    rows: Rows | None = None
 
 
 class Keeper(Protocol):
@@ -49,8 +55,19 @@ class Keeper(Protocol):
         """Write the noise, into one weight after the other where they overlap."""
 
     @staticmethod
+    def seal(kept: list[Kept]) -> None:
+        """Note what stands in the weights now that all of them are written."""
+
+    @staticmethod
+    def written(kept: list[Kept]) -> list[bool]:
+        """Whether each weight is known to be neither what `seal` saw nor clean."""
+
+    @staticmethod
     def restore(kept: list[Kept]) -> None:
-        """Bring back the clean bits, in the reverse order; nothing is done where they are there."""
+        """Bring back the clean bits, in the reverse order; nothing is done where they are there.
+
+        RuntimeError for what `written` does not know beforehand; all other weights are restored.
+        """
 
     def clean(self, one: Kept) -> Tensor:
         """A copy of the clean weight."""
@@ -68,6 +85,8 @@ class Snapshot:
         """Host memory is pinned where the weight is on a GPU."""
         self._host = host
         self._copy: Tensor | None = None
+        # Of the noisy weight: its dtype, and `checksums`; None while nothing is known.
+        self._seal: tuple[torch.dtype, Tensor] | None = None
 
     @staticmethod
     def prepare(kept: list[Kept]) -> None:
@@ -95,6 +114,50 @@ class Snapshot:
         ops.foreach_perturb_(*_operands(kept), **_options(kept))
 
     @staticmethod
+    def seal(kept: list[Kept]) -> None:
+        """Take sums of the bits; a CUDA graph that is being captured could not compare them."""
+        for one in kept:
+            known = None if _is_capturing(one.weight) else (one.weight.dtype, checksums(one.weight))
+            one.keeper._seal = known
+
+    @staticmethod
+    def written(kept: list[Kept]) -> list[bool]:
+        """Compare the sums, waiting once for each device; only where they differ, all bits."""
+        found = [False] * len(kept)
+        pairs: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = {}
+        for i, one in enumerate(kept):
+            seal, weight = one.keeper._seal, one.weight
+            if seal is None or _is_capturing(weight):
+                continue
+            dtype, before = seal
+            now = checksums(weight) if weight.dtype == dtype else None
+            if now is None or now.shape != before.shape:
+                found[i] = one.keeper._was_written(one)
+            else:
+                pairs.setdefault(weight.device, []).append((i, before.to(weight.device), now))
+        for found_here in pairs.values():
+            before, now = (torch.cat(sums) for sums in list(zip(*found_here, strict=True))[1:])
+            if not torch.equal(before, now):
+                for i, own, other in found_here:
+                    if not torch.equal(own, other):
+                        found[i] = kept[i].keeper._was_written(kept[i])
+        return found
+
+    def _was_written(self, one: Kept) -> bool:
+        """Whether the weight is neither clean nor noisy, by making the noise once more.
+
+        It may have been cast or moved, or be clean already after an interruption.
+        """
+        weight = one.weight
+        if weight.shape != self._copy.shape:
+            return True
+        clean = self._copy.to(one.row_scale.device, copy=True)
+        if _same_bits(clean.to(weight.device, weight.dtype), weight):
+            return False
+        type(self).perturb([one._replace(weight=clean)])
+        return not _same_bits(clean.to(weight.device, weight.dtype), weight)
+
+    @staticmethod
     def restore(kept: list[Kept]) -> None:
         """Copy back."""
         torch._foreach_copy_([one.weight for one in kept], [one.keeper._copy for one in kept])
@@ -106,6 +169,28 @@ class Snapshot:
     def nbytes(self) -> int:
         """The weight's size, once a window was open."""
         return 0 if self._copy is None else self._copy.nbytes
+
+
+class ColumnSnapshot(Snapshot):
+    """A copy of a weight whose rows are columns, which kernels have no scales for."""
+
+    @staticmethod
+    def perturb(kept: list[Kept]) -> None:
+        """Write the noise, in panels of bounded size; element by element as the kernels do."""
+        for one in kept:
+            matrix = one.weight.reshape(one.weight.shape[0], -1)
+            groups, width = one.rows.columns, one.rows.width
+            scale = torch.where(one.row_scale.isfinite(), one.row_scale, 0.0)
+            scale = scale.view(groups, -1).repeat_interleave(width, dim=1)
+            rows, cols = matrix.shape[0] // groups, matrix.shape[1]
+            step = max(_PANEL // max(cols, 1), 1)
+            for group in range(groups):
+                for begin in range(group * rows, (group + 1) * rows, step):
+                    panel = matrix[begin : min(begin + step, (group + 1) * rows)]
+                    e = ops.noise(len(panel), cols, one.key, row_offset=begin).mul_(scale[group])
+                    noisy = (panel + e).to(panel.dtype)
+                    fine = noisy.isfinite() & panel.isfinite()
+                    panel.copy_(torch.where(fine, noisy, panel))
 
 
 class Residual:
@@ -167,6 +252,15 @@ class Residual:
         for header in _headers(redone):
             if header is not None:
                 raise_for("perturb_", header)
+
+    @staticmethod
+    def seal(kept: list[Kept]) -> None:
+        """The residual has a check word for each chunk of its weight."""
+
+    @staticmethod
+    def written(kept: list[Kept]) -> list[bool]:
+        """`restore` finds out."""
+        return [False] * len(kept)
 
     @staticmethod
     def restore(kept: list[Kept]) -> None:
@@ -233,12 +327,31 @@ def _is_capturing(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def keeper_of(restore: str | None, weight: Tensor, before: Keeper | None = None) -> Keeper:
+def checksums(weight: Tensor) -> Tensor:
+    """The sum of the bits of each row of dim0 x rest, as int64 modulo 2^64."""
+    bits = weight.view(_INTEGERS[weight.dtype.itemsize])
+    words = bits.reshape(bits.shape[0], -1)
+    row_bytes, offset = words.shape[1] * words.dtype.itemsize, words.storage_offset()
+    if words.is_contiguous() and row_bytes % 8 == 0 == offset * words.dtype.itemsize % 8:
+        words = words.view(torch.int64)
+    return words.sum(1, dtype=torch.int64)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    integers = _INTEGERS[one.dtype.itemsize]
+    return torch.equal(one.view(integers), other.view(integers))
+
+
+def keeper_of(
+    restore: str | None, weight: Tensor, rows: Rows, before: Keeper | None = None
+) -> Keeper:
     """The keeper that `WeightNoise(restore=...)` names: `before`, if that is one of its kind.
 
     None takes a residual where the backend has kernels for it. The reference, which takes
     full-size temporaries anyway, takes a snapshot.
     """
+    if rows.columns:
+        return before if isinstance(before, ColumnSnapshot) else ColumnSnapshot(restore == "host")
     if restore == "residual" or (restore is None and is_available(weight, native=True)):
         return before if isinstance(before, Residual) else Residual()
-    return before if isinstance(before, Snapshot) else Snapshot(host=restore == "host")
+    return before if type(before) is Snapshot else Snapshot(host=restore == "host")

@@ -23,8 +23,16 @@ def best_mode(micro_batches: int, writable: bool) -> str:
 
 
 def check_mode(op: str, mode: str, targets: Iterable[Target]) -> None:
-    """ValueError if noise would be written in a weight that is stored quantised."""
+    """ValueError if noise would be written where it cannot be.
+
+    In a weight that is stored quantised, or in one that layers share with a scale each.
+    """
+    seen = set()
     for target in targets:
+        if mode == "inplace" and target.name in seen:
+            accepted = f"'virtual' or 'auto' where adapted layers share a weight, as {target.name}"
+            _check.refuse(op, "mode", f"{accepted} is, with a scale of its own for each", mode)
+        seen.add(target.name)
         if mode == "inplace" and target.quantized is not None:
             accepted = f"'virtual' or 'auto' where weights are quantised, as {target.name} is"
             _check.refuse(op, "mode", accepted, mode)
@@ -35,8 +43,11 @@ def all_writable(targets: Iterable[Target]) -> bool:
 
     Nobody but layers that add the noise anyway holds them, and the backend has kernels for the
     residual that brings their bits back: no copy of the weights is made unasked. What no layer can
-    add noise to is written in any mode.
+    add noise to is written in any mode. Layers that share a weight must not want a scale each.
     """
+    targets = list(targets)
+    if len({target.name for target in targets}) < len(targets):
+        return False
     return all(
         all(isinstance(module, LoRALinear) for module, _ in target.owners)
         and is_available(target.weight, native=True)

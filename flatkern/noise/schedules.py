@@ -76,6 +76,29 @@ def _lpf(total_steps: int, alpha: float, step: int) -> float:
     return 1.0 + alpha * _cosine_ramp(total_steps, step)
 
 
+def schedule_of(op: str, schedule: Schedule | str | None) -> Schedule:
+    """What `WeightNoise(schedule=...)` means: None and "constant" are `constant()`.
+
+    Raises:
+        TypeError, ValueError: neither that nor a function. The other schedules have no name where
+            nobody knows how many steps a run will take.
+    """
+    if schedule is None or schedule == "constant":
+        return constant()
+    if callable(schedule):
+        return schedule
+    if schedule in ("cosine_ramp", "linear_ramp", "lpf"):
+        raise ValueError(
+            f"{op}: schedule {schedule!r} needs the number of optimizer steps, which only the "
+            f"callbacks of a trainer know; pass flatkern.{schedule}(total_steps)"
+        )
+    kind = ValueError if isinstance(schedule, str) else TypeError
+    raise kind(
+        f"{op}: schedule must be 'constant', a function of the 0-based step, such as "
+        f"flatkern.cosine_ramp(total_steps), or None, got {schedule!r}"
+    )
+
+
 def factor_at(op: str, schedule: Schedule, step: int) -> float:
     """What the schedule gives at a step; ValueError unless it is finite and at least 0."""
     factor = float(schedule(step))

@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
 from flatkern.nn.sites import Quantized, Site
 from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
+from flatkern.noise.guards import Guard, late_backward_guard
 from flatkern.noise.keep import Keeper, Kept, keeper_of
+from flatkern.noise.rows import Rows
 from flatkern.noise.strategies import STRATEGIES
 from flatkern.ops._library import bump_version, bump_versions
+
+# As residuals say it.
+WRITTEN = "weight is not what perturb_ left"
 
 
 @dataclass(eq=False)
@@ -23,18 +27,22 @@ class Target:
     """One weight under noise. While a window is open, `layer._window` of its layers is this.
 
     Attributes:
-        name: of the weight in the model.
+        name: of the weight in the unwrapped model.
         number: the tensor number in its noise keys.
         layers: the sites whose base weight it is, if any.
         owners: every (module, parameter name) that holds the weight.
         strategy: the name of what gives its scale.
         merged: whether that is the scale of W' = W + s B A, with the first layer's adapters.
+        rows: which elements share a scale.
         row_scale: c of the whole weight, float32 [m], at a fixed address.
         key: int64 [4], a row of its device's key table.
         backend: the implementation that serves the open window.
         sharded_linear: what layers call in place of the op, while the weight is sharded.
         noisy: whether `layers` add the noise in their forward.
         perturbed: whether the noise is written in the weight; `keeper` has the clean bits.
+        written: whether something else wrote the weight since.
+        called: whether one of `layers` made its product in the open window.
+        traced: called when a compiler traces a layer's product.
         restore: how the clean bits are kept, see `WeightNoise`.
         largest: sigma that the room for them is measured with.
         fisher: what divides the scale, see `Fisher`.
@@ -46,12 +54,16 @@ class Target:
     owners: list[tuple[nn.Module, str]]
     strategy: str
     merged: bool
+    rows: Rows
     row_scale: Tensor | None = None
     key: Tensor | None = None
     backend: str = ""
     sharded_linear: Callable[..., Tensor] | None = None
     noisy: bool = False
     perturbed: bool = False
+    written: bool = False
+    called: bool = False
+    traced: Callable[[], None] | None = None
     keeper: Keeper | None = None
     restore: str | None = None
     largest: float = 0.0
@@ -92,8 +104,11 @@ class Target:
 
     @property
     def part(self) -> shards.Part:
-        """What this rank holds of the weight."""
-        return shards.part_of(self.weight)
+        """What this rank holds of the weight, as the matrix that noise sees."""
+        part = shards.part_of(self.weight)
+        if not self.rows.stacked:
+            return part
+        return shards.Part(self.rows.fold(part.local), part.row * self.weight.shape[1], 0)
 
     @property
     def elementwise(self) -> bool:
@@ -114,6 +129,7 @@ class Target:
     def enter(self, backend: str) -> None:
         """Belong to the window that is being opened."""
         self.backend = backend
+        self.written = self.called = False
         self.sharded_linear = shards.noisy_linear if shards.is_sharded(self.weight) else None
         for layer in self.layers:
             layer.enter_window(self)
@@ -133,12 +149,13 @@ class Target:
         return Kept(
             self.keeper,
             part.local,
-            part.rows_of(self.row_scale),
+            self.row_scale if self.rows.columns else part.rows_of(self.row_scale),
             self.key,
             self._largest_scale,
             self.elementwise,
             part.row,
             part.col,
+            self.rows,
         )
 
     def _largest_scale(self) -> Tensor:
@@ -148,32 +165,15 @@ class Target:
         """From here on noise may be written in the weight: an error may leave it half written."""
         self.perturbed = True
         sharded = shards.is_sharded(self.weight)
+        watch = late_backward_guard(self.name, self.key) if sharded else None
         for module, name in self.owners:
-            if sharded:
-                self.hooks.append(module.register_forward_hook(self._watch))
-            guard = _Guard(self, name)
+            if watch is not None:
+                self.hooks.append(module.register_forward_hook(watch))
+            guard = Guard(self, name)
             self.hooks.append(module.register_state_dict_post_hook(guard))
             self.hooks.append(module.register_load_state_dict_pre_hook(guard.refuse_load))
             if not self.keeper.survives_casts:
                 module._apply = guard.refuse_cast
-
-    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Let no backward through this output once the window is closed.
-
-        FSDP gathers weights behind autograd's back, so their version counters tell it nothing.
-        """
-        key, version = self.key, self.key._version
-
-        def refuse_late(grad: Tensor) -> None:
-            if key._version != version:
-                raise RuntimeError(
-                    f"WeightNoise: backward through {self.name} after its window was closed; "
-                    "the weight that it needs is no longer noisy"
-                )
-
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(refuse_late)
 
     def release(self) -> None:
         """The clean bits are back in the weight."""
@@ -186,50 +186,16 @@ class Target:
             # In this order: Ctrl-C in between loses no handle, and removing twice is harmless.
             self.hooks[-1].remove()
             self.hooks.pop()
-        self.perturbed = False
+        self.perturbed = self.written = False
+
+    def abandon(self) -> None:
+        """Keep what stands in the weight in place of the clean bits."""
+        self.keeper = None
+        self.release()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own operands at its first window: rows of a table do not survive."""
         return self.__dict__ | {"row_scale": None, "key": None, "keeper": None}
-
-
-class _Guard:
-    """Hooks on a module whose parameter has noise written in it: none of it gets out.
-
-    `state_dict` gives the clean bits. Copying, pickling and loading are refused, because what they
-    would see or overwrite is the noisy weight.
-    """
-
-    def __init__(self, target: Target, parameter: str) -> None:
-        """Guard `parameter` of the module that the hooks are put on."""
-        self._target = target
-        self._parameter = parameter
-
-    def __call__(
-        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
-    ) -> None:
-        key = prefix + self._parameter
-        if self._target.perturbed and key in state_dict:
-            state_dict[key] = self._target.clean_weight()
-
-    def refuse_load(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        self._require_clean("load_state_dict", f"{prefix}{self._parameter}")
-
-    def refuse_cast(self, *args: Any, **options: Any) -> None:
-        """In place of the module's `_apply`, where the clean bits follow from the noisy ones."""
-        hint = 'restore="snapshot" allows it; '
-        self._require_clean("casting or moving a module", self._target.name, hint)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self._require_clean("copying or pickling", self._target.name)
-        return super().__reduce_ex__(protocol)
-
-    def _require_clean(self, action: str, name: str, hint: str = "") -> None:
-        if self._target.perturbed:
-            raise RuntimeError(
-                f"WeightNoise: {action} while in-place noise is written in {name}; "
-                f"{hint}close the window or use paused() (state_dict() is clean at any time)"
-            )
 
 
 def allocate(targets: list[Target]) -> list[Tensor]:
@@ -246,7 +212,8 @@ def allocate(targets: list[Target]) -> list[Tensor]:
             tables.append(torch.tensor(rows, dtype=torch.int64, device=device))
             for index, target in enumerate(here):
                 target.key = tables[-1][index]
-                target.row_scale = torch.zeros(target.shape[0], dtype=torch.float32, device=device)
+                rows = target.rows.count(target.shape)
+                target.row_scale = torch.zeros(rows, dtype=torch.float32, device=device)
     return tables
 
 
@@ -258,23 +225,23 @@ def scale(targets: list[Target], sigma: float, largest: float) -> None:
 
 
 def _row_scales(targets: list[Target], sigma: float) -> list[Tensor]:
-    scales: dict[int, Tensor] = {}
+    scales: dict[Target, Tensor] = {}
     for (strategy, merged, _), group in _grouped(targets, _scaled_alike):
         # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
         layers = [target.layers[0] for target in group] if merged else []
         factors = [[factor.detach() for factor in layer.factors()] for layer in layers]
         found = STRATEGIES[strategy](
-            [target.elements() for target in group],
+            [target.rows.by_row(target.elements()) for target in group],
             [lora_A for lora_A, _ in factors] or None,
             [lora_B for _, lora_B in factors] or None,
             [layer.scaling for layer in layers] or [1.0] * len(group),
             sigma,
         )
-        scales |= {target.number: c for target, c in zip(group, found, strict=True)}
+        scales |= zip(group, found, strict=True)
     for target in targets:
         if target.fisher is not None:
-            scales[target.number] = target.fisher.divide(target.name, scales[target.number])
-    return [scales[target.number] for target in targets]
+            scales[target] = target.fisher.divide(target.name, scales[target])
+    return [scales[target] for target in targets]
 
 
 def _scaled_alike(target: Target) -> tuple[str, bool, int | None]:
@@ -291,7 +258,8 @@ def show(targets: list[Target], mode: str) -> None:
     clean = [target for target in targets if not (target.noisy or target.perturbed)]
     for target in clean:
         with _backend.backend(target.backend):
-            target.keeper = keeper_of(target.restore, target.part.local, target.keeper)
+            before, local = target.keeper, target.part.local
+            target.keeper = keeper_of(target.restore, local, target.rows, before)
     for (backend, keeper, _), group in _grouped(clean, _kind):
         with _backend.backend(backend):
             keeper.prepare([target.kept() for target in group])
@@ -300,18 +268,46 @@ def show(targets: list[Target], mode: str) -> None:
     for (backend, keeper, _), group in _grouped(clean, _kind):
         with _backend.backend(backend):
             keeper.perturb([target.kept() for target in group])
+    # Not before all are written: weights may overlap.
+    for (_, keeper, _), group in _grouped(clean, _kind):
+        keeper.seal([target.kept() for target in group])
 
 
 def hide(targets: list[Target]) -> None:
-    """Let the layers see the clean weights: the exact bits."""
+    """Let the layers see the clean weights: the exact bits.
+
+    RuntimeError if something else wrote some of them since `show`: those are left alone, and all
+    others are clean.
+    """
     for target in targets:
         target.noisy = False
     perturbed = [target for target in targets if target.perturbed]
-    for (backend, keeper, _), group in reversed(_grouped(perturbed, _kind)):
+    for (backend, keeper, _), group in _grouped([t for t in perturbed if not t.written], _kind):
+        with _backend.backend(backend):
+            found = keeper.written([target.kept() for target in group])
+        for target, written in zip(group, found, strict=True):
+            target.written = written
+    own = [target for target in perturbed if not target.written]
+    for (backend, keeper, _), group in reversed(_grouped(own, _kind)):
         with _backend.backend(backend):
             keeper.restore([target.kept() for target in group])
-    for target in perturbed:
+    for target in own:
         target.release()
+    names = list(dict.fromkeys(target.name for target in perturbed if target.written))
+    if names:
+        raise RuntimeError(written_inside(names))
+
+
+def written_inside(names: list[str]) -> str:
+    """The message of a window that something else wrote weights in."""
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"WeightNoise: {WRITTEN} in {listed}: something else wrote there inside the window, such "
+        "as an optimizer step, load_state_dict or a copy into .data. Every other weight is "
+        "restored exactly; these are left as they stand, and discard() ends the window and keeps "
+        "them (without this object: flatkern.close(model, discard=True)). Step the optimizer after "
+        "the window is closed"
+    )
 
 
 def _kind(target: Target) -> tuple[str, type[Keeper], bool]:
@@ -330,32 +326,7 @@ def _grouped(
 
 
 def fits(target: Target) -> bool:
-    """Whether what `allocate` gave still serves the weight, which may have been moved."""
-    return target.key is not None and target.key.device == target.weight.device
-
-
-def summarise(targets: list[Target], mode: str) -> str:
-    """A line for each target, then the totals."""
-    rows = []
-    elements = operand_bytes = kept_bytes = 0
-    for target in targets:
-        shape, quantized = target.shape, target.quantized
-        dtype = str(target.weight.dtype).removeprefix("torch.")
-        stored = dtype if quantized is None else quantized.format
-        number = f"tensor {target.number}"
-        own_mode = mode if target.layers else "inplace"
-        rows.append((target.name, stored, str(list(shape)), number, own_mode))
-        elements += shape.numel()
-        # float32 [m] and one key of four int64.
-        operand_bytes += 4 * shape[0] + 32
-        kept_bytes += target.keeper.nbytes() if target.keeper is not None else 0
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    total = f"{len(rows)} weights, {elements:,} elements; {operand_bytes:,} bytes of row scales "
-    total += "and keys"
-    if not all(target.is_virtual(mode) for target in targets):
-        total += f", {kept_bytes:,} bytes of clean bits"
-    return "\n".join([*lines, total])
+    """Whether what `allocate` gave still serves the weight, which may be another by now."""
+    if target.key is None or target.key.device != target.weight.device:
+        return False
+    return len(target.row_scale) == target.rows.count(target.shape)

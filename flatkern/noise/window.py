@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatkern import _backend
-from flatkern.noise import shards
+from flatkern.noise import registry
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
-from flatkern.noise.modes import all_writable, best_mode, check_mode
-from flatkern.noise.schedules import Schedule, constant, factor_at
-from flatkern.noise.scopes import SCOPES, collect
+from flatkern.noise.modes import all_writable, best_mode
+from flatkern.noise.schedules import Schedule, factor_at, schedule_of
+from flatkern.noise.scopes import SCOPES, warn_of
 from flatkern.noise.strategies import STRATEGIES
-from flatkern.noise.targets import allocate, fits, hide, scale, show, summarise
+from flatkern.noise.summary import summarise
+from flatkern.noise.targets import Target
+from flatkern.noise.weights import Weights
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
@@ -25,12 +28,6 @@ MODES = ("virtual", "inplace", "auto")
 RESTORES = ("residual", "snapshot", "host")
 RANKS = ("same", "independent")
 _DRAWS = 2**16
-# What each scope needs, and where it comes from.
-_ADAPTED = (
-    "LoRALinear layers",
-    "; see flatkern.nn.replace_linear and flatkern.integrations.peft.attach",
-)
-_NEEDED = {"merged": _ADAPTED, "lora": _ADAPTED, "trainable": ("trainable parameters", "")}
 
 
 @dataclass
@@ -116,11 +113,6 @@ class WeightNoise:
         """
         _check.kinds(_OP, nn.Module, model=model)
         _check.kinds(_OP, (float, int), sigma=sigma)
-        if schedule is not None and not callable(schedule):
-            raise TypeError(
-                f"{_OP}: schedule must be a function of the 0-based step, such as "
-                f"flatkern.cosine_ramp(total_steps), or None, got {schedule!r}"
-            )
         _check.finite(_OP, "sigma", sigma, minimum=0.0)
         _check.one_of(_OP, tuple(STRATEGIES), strategy=strategy)
         _check.one_of(_OP, SCOPES, scope=scope)
@@ -133,24 +125,18 @@ class WeightNoise:
         if (strategy == "fisher") != (fisher is not None):
             accepted = "given with strategy 'fisher' and with no other"
             _check.refuse(_OP, "fisher", accepted, fisher)
-        self._targets = collect(model, scope, strategy)
-        if not self._targets:
-            what, hint = _NEEDED.get(scope, ("parameters", ""))
-            raise ValueError(f"{_OP}: model must have {what}, got nothing to perturb{hint}")
-        for target in self._targets:
-            target.restore = restore
-            target.fisher = fisher
-        self._model = model
+        self._open: _Open | None = None
         self._sigma = sigma
+        self._strategy = strategy
+        self._scope = scope
         self._mode = mode
-        self._schedule = schedule or constant()
+        self._schedule = schedule_of(_OP, schedule)
         self._seed = seed
         self._ranks = ranks
-        self._check_shards()
-        check_mode(_OP, mode, self._targets)
         self._next_step = 0
-        self._tables: list[Tensor] = []
-        self._open: _Open | None = None
+        options = {"scope": scope, "strategy": strategy, "mode": mode, "restore": restore}
+        self._weights = Weights(model, **options, ranks=ranks, fisher=fisher)
+        warn_of(_OP, self._weights.skipped, stacklevel=2)
 
     @contextlib.contextmanager
     def window(
@@ -191,19 +177,13 @@ class WeightNoise:
         key = NoiseKey(self._seed, step, self._draw_word(draw))
         sigma_t = self._sigma_at(step)
         mode = self._mode_for(micro_batches)
-        shards.reshard(self._model)
-        self._check_shards()
-        for target in self._targets:
-            for layer in target.layers:
-                layer.require_closed(f"open on {target.name}")
-                if layer.merged:
-                    raise RuntimeError(f"{_OP}: {target.name} is merged; call unmerge() first")
+        self._weights.check()
+        registry.require_free(_OP, self)
         self._open = _Open(step, sigma_t, advances, mode)
         try:
-            self._fill(key, sigma_t)
-            for target in self._targets:
-                target.enter(_backend.resolve(target.weight.device.type, target.dtype))
-            show(self._targets, self._open.mode)
+            registry.register(self)
+            self._weights.enter(key, sigma_t, self._sigma)
+            self._weights.show(mode)
         except BaseException:
             self._end()
             raise
@@ -212,7 +192,13 @@ class WeightNoise:
         """Close the window, if one is open: exact weights, and the step counter advanced.
 
         Interrupted, it finishes first. If a weight cannot be restored the error is raised, the
-        others are restored, and the window stays open: call it again.
+        others are restored, and the window stays open: call it again, or `discard`.
+
+        Warns:
+            UserWarning: layers in scope that were not called, once for each (see `silent`).
+
+        Raises:
+            RuntimeError: something else wrote weights inside an in-place window, by name.
         """
         window = self._open
         if window is None:
@@ -223,13 +209,41 @@ class WeightNoise:
             self._end()
         if window.advances:
             self._next_step = window.step + 1
+        if window.sigma_t > 0:
+            self._weights.calls.end(_OP)
+
+    def discard(self) -> list[str]:
+        """End the window although something else wrote weights inside it, and keep what stands.
+
+        The way out of a `close` that raises. The weights that something else wrote keep what is in
+        them, noise included; every other weight is exactly clean. The step counter stays where it
+        is, as after an exception. Nothing happens if no window is open.
+
+        Returns:
+            The names of the weights that were kept as they stand.
+        """
+        if self._open is None:
+            return []
+        with contextlib.suppress(Exception):
+            self._end()
+        names = self._weights.abandon()
+        self._end()
+        return names
+
+    def abandon(self) -> None:
+        """`close` without a step: what `flatkern.close` and the end of this object do."""
+        try:
+            self._end()
+        finally:
+            self._end()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Clean weights inside the open window; afterwards the same noise again, bit for bit.
 
         The window stays open (`active`). Nests; does nothing if no window is open. In place, a
-        graph built before the pause can no longer be run backward after it.
+        graph built before the pause can no longer be run backward after it. Layers may be merged
+        here; one that still is at the end raises a RuntimeError, which closes the window.
         """
         window = self._open
         if window is None or window.paused:
@@ -237,8 +251,7 @@ class WeightNoise:
             return
         window.paused = True
         try:
-            shards.reshard(self._model)
-            hide(self._targets)
+            self._weights.hide()
             yield
         finally:
             if self._open is window:
@@ -246,8 +259,7 @@ class WeightNoise:
 
     def _resume(self, window: _Open) -> None:
         try:
-            shards.reshard(self._model)
-            show(self._targets, self._open.mode)
+            self._weights.show(window.mode)
             window.paused = False
         except BaseException:
             self._end()
@@ -255,8 +267,17 @@ class WeightNoise:
 
     @property
     def names(self) -> list[str]:
-        """The names of the weights in scope."""
-        return [target.name for target in self._targets]
+        """The names of the weights in scope, those of the unwrapped model."""
+        return self._weights.names
+
+    @property
+    def silent(self) -> list[str]:
+        """The names of the weights that no virtual window's noise has reached so far.
+
+        Their layers were not called: code reads the weights, or does not use them. Found at a
+        close. A layer that has been called, in any window, is not among them.
+        """
+        return list(self._weights.calls.silent)
 
     @property
     def active(self) -> bool:
@@ -275,7 +296,16 @@ class WeightNoise:
 
     def summary(self) -> str:
         """One line per weight (name, dtype, shape, tensor number, mode), then totals and bytes."""
-        return summarise(self._targets, self._mode)
+        return summarise(self._targets, self._mode, self.silent, self._weights.skipped)
+
+    def __repr__(self) -> str:
+        """The arguments that say what noise this is, and where it stands."""
+        state = "open" if self.active else "closed"
+        return (
+            f"{_OP}(sigma={self._sigma}, strategy={self._strategy!r}, scope={self._scope!r}, "
+            f"mode={self._mode!r}, seed={self._seed}; {len(self.names)} weights, step {self.step}, "
+            f"{state})"
+        )
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs, beside the constructor's arguments: the seed and the step.
@@ -314,27 +344,6 @@ class WeightNoise:
             return self._mode
         return best_mode(micro_batches, all_writable(self._targets))
 
-    def _check_shards(self) -> None:
-        """Refuse, before anything is sent or written, what would not be the unsharded noise."""
-        for target in self._targets:
-            weight = target.weight
-            if not shards.is_sharded(weight):
-                continue
-            shards.check(_OP, target.name, weight)
-            if self._ranks == "independent":
-                accepted = f"'same' where weights are sharded, as {target.name} is"
-                _check.refuse(_OP, "ranks", accepted, self._ranks)
-            if target.fisher is not None:
-                accepted = f"one that needs no Fisher where weights are sharded, as {target.name}"
-                _check.refuse(_OP, "strategy", accepted, "fisher")
-            for layer in target.layers:
-                if not layer.takes_shards:
-                    kind = type(layer).__name__.removeprefix("FSDP")
-                    raise TypeError(
-                        f"{_OP}: {target.name} must be of a LoRALinear, or of a PEFT layer over "
-                        f"nn.Linear, where it is sharded, got {kind}"
-                    )
-
     def _draw_word(self, draw: int) -> int:
         _check.kinds(_OP, int, draw=draw)
         if not 0 <= draw < _DRAWS:
@@ -350,33 +359,36 @@ class WeightNoise:
             _check.refuse(_OP, f"schedule({step})", "finite times sigma", sigma_t)
         return sigma_t
 
-    def _fill(self, key: NoiseKey, sigma_t: float) -> None:
-        """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
-        if not all(map(fits, self._targets)):
-            self._tables = allocate(self._targets)
-        for table in self._tables:
-            for column, word in enumerate((key.seed, key.step, key.draw)):
-                table[:, column] = word
-        scale(self._targets, sigma_t, max(sigma_t, self._sigma))
+    @property
+    def _targets(self) -> list[Target]:
+        return self._weights.targets
+
+    def row_squares(self, name: str, gradient: Tensor) -> Tensor:
+        """The sum of squares of a gradient over each row of weight `name`, as its scale has rows.
+
+        Args:
+            name: one of `names`.
+            gradient: of the weight's shape.
+
+        Returns:
+            float32 or wider, one for each row.
+        """
+        return next(t for t in self._targets if t.name == name).rows.squares(gradient)
 
     def _end(self) -> None:
         """End the window; where it is interrupted, calling it again continues."""
         if self._open is None:
             return
-        shards.reshard(self._model)
-        # In a few calls; where one is refused, weight by weight, so that the others are restored.
-        with contextlib.suppress(Exception):
-            hide(self._targets)
-        failure = None
-        # Backwards, so that weights which overlap in memory come out right as well.
-        for target in reversed(self._targets):
-            try:
-                target.leave()
-            except Exception as error:  # the other weights must be restored all the same
-                failure = error
-        if failure is not None:
-            raise failure
+        self._weights.leave()
         self._open = None
+        registry.unregister(self)
+
+    def __del__(self) -> None:
+        """A window whose owner is gone is closed: nobody else could."""
+        if getattr(self, "_open", None) is None or sys.is_finalizing():
+            return
+        warnings.warn(f"{self!r} was dropped with its window open", ResourceWarning, stacklevel=2)
+        self.discard()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused while a window is open: a copy could not close it."""

@@ -45,7 +45,7 @@ SCOPES = {
     "origin": BASE,
     "lora": ADAPTERS,
     "full": BASE + ADAPTERS,
-    "all": [name for name in BASE if name != "plain.weight"],
+    "all": BASE,
     "trainable": [*ADAPTERS, "plain.weight"],
 }
 # In named_parameters() order with `index`, which takes no noise, behind `scale`.

@@ -189,25 +189,6 @@ def test_dropout_gives_the_branch_other_numbers_than_the_base(mode):
     torch.testing.assert_close(got, expected)
 
 
-@both_modes
-def test_layers_that_share_a_weight_see_one_noise(mode):
-    torch.manual_seed(0)
-    first, second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
-    second.weight = first.weight
-    model = nn.Sequential(first, second)
-    replace_linear(model, "all-linear", r=2)
-    noisy_models.randomise_adapters(model)
-    before = clean_weights(model)
-    assert model[0].weight is model[1].weight
-    noise = flatkern.WeightNoise(model, 0.5, mode=mode)
-    assert "1 weights" in noise.summary()
-    expected = expected_weight(model[0], 0.5, 0, 0, 0, 0)
-    with noise.window():
-        for layer in model:
-            tolerances.assert_same_bits(seen_weight(layer), expected)
-    assert_clean(model, before)
-
-
 def test_weights_that_overlap_in_memory_come_back_in_place():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))

@@ -1,0 +1,74 @@
+"""What keeps noise that is written in a weight from getting out of its module."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Guard:
+    """Hooks on a module whose parameter has noise written in it: none of it gets out.
+
+    `state_dict` gives the clean bits. Copying, pickling and loading are refused, because what they
+    would see or overwrite is the noisy weight.
+    """
+
+    def __init__(self, target: Any, parameter: str) -> None:
+        """Guard `parameter` of the module that the hooks are put on, for a `Target`."""
+        self._target = target
+        self._parameter = parameter
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
+        """After `state_dict`: the clean bits in place of the noisy ones."""
+        key = prefix + self._parameter
+        if self._target.perturbed and key in state_dict:
+            state_dict[key] = self._target.clean_weight()
+
+    def refuse_load(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Before `load_state_dict`."""
+        self._require_clean("load_state_dict", f"{prefix}{self._parameter}")
+
+    def refuse_cast(self, *args: Any, **options: Any) -> None:
+        """In place of the module's `_apply`, where the clean bits follow from the noisy ones."""
+        hint = 'restore="snapshot" allows it; '
+        self._require_clean("casting or moving a module", self._target.name, hint)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._require_clean("copying or pickling", self._target.name)
+        return super().__reduce_ex__(protocol)
+
+    def _require_clean(self, action: str, name: str, hint: str = "") -> None:
+        if self._target.perturbed:
+            raise RuntimeError(
+                f"WeightNoise: {action} while in-place noise is written in {name}; "
+                f"{hint}close the window or use paused() (state_dict() is clean at any time)"
+            )
+
+
+def late_backward_guard(name: str, key: Tensor) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that lets no backward through the outputs once the window is closed.
+
+    FSDP gathers weights behind autograd's back, so their version counters tell it nothing.
+
+    Args:
+        name: of the weight.
+        key: the noise key of the window, which its close writes.
+    """
+    version = key._version
+
+    def refuse_late(grad: Tensor) -> None:
+        if key._version != version:
+            raise RuntimeError(
+                f"WeightNoise: backward through {name} after its window was closed; "
+                "the weight that it needs is no longer noisy"
+            )
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(refuse_late)
+
+    return watch

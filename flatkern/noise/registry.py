@@ -1,0 +1,63 @@
+"""The windows that are open, so that one whose owner is lost can be closed."""
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from flatkern.ops import _check
+
+_OPEN: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def register(noise: Any) -> None:
+    """Its window is open."""
+    _OPEN.add(noise)
+
+
+def unregister(noise: Any) -> None:
+    """Its window is closed."""
+    _OPEN.discard(noise)
+
+
+def require_free(op: str, noise: Any) -> None:
+    """RuntimeError if another object has a window open on a weight of this one."""
+    if not _OPEN:
+        return
+    own = {(id(module), part): target.name for target, module, part in _held(noise)}
+    for other in _OPEN:
+        for _, module, part in _held(other) if other is not noise else ():
+            if (id(module), part) in own:
+                raise RuntimeError(
+                    f"{op}: open on {own[id(module), part]} inside the window of another "
+                    f"{op}; close that one first: flatkern.close(model) does, whoever opened it"
+                )
+
+
+def close(model: nn.Module, *, discard: bool = False) -> None:
+    """Close the windows that are open on a model's weights, whoever opened them.
+
+    For windows whose `WeightNoise` is out of reach, after an interrupted run, say. The weights are
+    exactly clean afterwards; the step counters stay where they are, because no step was finished.
+    Nothing happens if no window is open.
+
+    Args:
+        model: or any part of it, or what wraps it.
+        discard: as `WeightNoise.discard`: keep what something else wrote inside the window.
+
+    Raises:
+        TypeError: `model` is not a module.
+        RuntimeError: something else wrote a weight inside the window; all others are restored.
+    """
+    _check.kinds("close", nn.Module, model=model)
+    modules = set(map(id, model.modules()))
+    for noise in list(_OPEN):
+        if any(id(module) in modules for _, module, _ in _held(noise)):
+            noise.discard() if discard else noise.abandon()
+
+
+def _held(noise: Any) -> Any:
+    """(target, module, parameter name) of every weight in scope."""
+    for target in noise._targets:
+        for module, part in target.owners:
+            yield target, module, part

@@ -1,0 +1,179 @@
+"""The weights in scope of one `WeightNoise`, and what a window does to all of them."""
+
+import contextlib
+
+from torch import Tensor, nn
+
+from flatkern import _backend
+from flatkern.nn.names import named_parameters
+from flatkern.noise import shards
+from flatkern.noise.calls import Calls
+from flatkern.noise.changes import Seen, check_shards, check_weights
+from flatkern.noise.fisher import Fisher
+from flatkern.noise.keys import NoiseKey
+from flatkern.noise.modes import check_mode
+from flatkern.noise.scopes import collect
+from flatkern.noise.targets import (
+    WRITTEN,
+    Target,
+    allocate,
+    fits,
+    hide,
+    scale,
+    show,
+    written_inside,
+)
+
+_OP = "WeightNoise"
+# What each scope needs, and where it comes from.
+_ADAPTED = (
+    "LoRALinear layers",
+    "; see flatkern.nn.replace_linear and flatkern.integrations.peft.attach",
+)
+_NEEDED = {"merged": _ADAPTED, "lora": _ADAPTED, "trainable": ("trainable parameters", "")}
+
+
+class Weights:
+    """Found when made, and again when a window opens on a model that has changed.
+
+    Attributes:
+        targets: in the model's order.
+        skipped: why a parameter in scope takes no noise, by its name.
+        calls: which layers have been called in windows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scope: str,
+        strategy: str,
+        mode: str,
+        restore: str | None,
+        ranks: str,
+        fisher: Fisher | None,
+    ) -> None:
+        """Look at the model; arguments as in `WeightNoise`.
+
+        Raises:
+            TypeError, ValueError: nothing to perturb, or weights that these arguments do not suit.
+        """
+        self._model = model
+        self._scope, self._strategy, self._mode = scope, strategy, mode
+        self._restore, self._ranks, self._fisher = restore, ranks, fisher
+        self._look()
+
+    def _look(self) -> None:
+        targets, skipped = collect(_OP, self._model, self._scope, self._strategy)
+        if not targets:
+            what, hint = _NEEDED.get(self._scope, ("parameters", ""))
+            raise ValueError(f"{_OP}: model must have {what}, got nothing to perturb{hint}")
+        for target in targets:
+            target.restore = self._restore
+            target.fisher = self._fisher
+        check_shards(_OP, targets, self._ranks)
+        check_mode(_OP, self._mode, targets)
+        self.targets, self.skipped = targets, skipped
+        self.calls = Calls(self._model, targets)
+        self._seen = Seen(self._model, targets, self._scope)
+        self._tables: list[Tensor] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Each weight's once."""
+        return list(dict.fromkeys(target.name for target in self.targets))
+
+    def check(self) -> None:
+        """Before a window: look again where the model has changed; one error for what is gone.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+            RuntimeError: a weight that had noise cannot take it any more, or its layer is merged
+                or in another window.
+        """
+        if not self._seen.still():
+            before = self.names
+            self._look()
+            now = set(self.names)
+            if self._scope == "trainable":
+                # Those that were frozen since are rightly out.
+                now |= {n for n, p in named_parameters(self._model) if not p.requires_grad}
+            lost = [name for name in before if name not in now]
+            if lost:
+                raise RuntimeError(
+                    f"{_OP}: {', '.join(lost[:8])} had noise and cannot take it any more: the "
+                    "layers were replaced, removed or quantised after this object was made; make "
+                    "a new WeightNoise (with PEFT: detach, then attach again)"
+                )
+        check_weights(_OP, self.targets)
+        check_shards(_OP, self.targets, self._ranks)
+        for target in self.targets:
+            for layer in target.layers:
+                layer.require_closed(f"open on {target.name}")
+                if layer.merged:
+                    raise RuntimeError(f"{_OP}: {target.name} is merged; call unmerge() first")
+
+    def enter(self, key: NoiseKey, sigma_t: float, largest: float) -> None:
+        """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
+        if not all(map(fits, self.targets)):
+            self._tables = allocate(self.targets)
+        for table in self._tables:
+            for column, word in enumerate((key.seed, key.step, key.draw)):
+                table[:, column] = word
+        scale(self.targets, sigma_t, max(sigma_t, largest))
+        for target in self.targets:
+            target.enter(_backend.resolve(target.weight.device.type, target.dtype))
+        self.calls.begin()
+
+    def show(self, mode: str) -> None:
+        """Let the model see the noise.
+
+        Raises:
+            RuntimeError: a layer is merged.
+        """
+        shards.reshard(self._model)
+        merged = [t.name for t in self.targets if any(layer.merged for layer in t.layers)]
+        if merged:
+            raise RuntimeError(
+                f"{_OP}: {', '.join(merged[:8])} must be unmerged before paused() ends; the window "
+                "is closed, call unmerge() now"
+            )
+        show(self.targets, mode)
+        self.calls.watch(any(target.noisy for target in self.targets))
+
+    def hide(self) -> None:
+        """Let the model see the clean weights."""
+        shards.reshard(self._model)
+        self.calls.watch(False)
+        hide(self.targets)
+
+    def leave(self) -> None:
+        """Clean weights and no window; where it is interrupted, calling it again continues.
+
+        Raises:
+            RuntimeError: something else wrote weights; all others are clean, and out of it.
+        """
+        # In a few calls; where one is refused, weight by weight, so that the others are restored.
+        with contextlib.suppress(Exception):
+            self.hide()
+        failed: dict[Target, Exception] = {}
+        # Backwards, so that weights which overlap in memory come out right as well.
+        for target in reversed(self.targets):
+            try:
+                target.leave()
+            except Exception as error:  # the other weights must be restored all the same
+                failed[target] = error
+        if not failed:
+            return
+        written = [t.name for t in self.targets if t in failed and WRITTEN in str(failed[t])]
+        error = next(iter(failed.values()))
+        if written:
+            raise RuntimeError(written_inside(list(dict.fromkeys(written)))) from error
+        raise error
+
+    def abandon(self) -> list[str]:
+        """Leave what stands in the weights that `leave` cannot restore; return their names."""
+        kept = [target for target in self.targets if target.perturbed]
+        for target in kept:
+            target.abandon()
+        return list(dict.fromkeys(target.name for target in kept))
