@@ -144,6 +144,14 @@ class PeftSite(Bystander):
         """A and B of the active adapters, one below (beside) the other."""
         return self._scaled_factors()[:2]
 
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of the active adapters, as they are."""
+        return self._scaled_factors()
+
+    def leave_window(self) -> None:
+        """Belong to no window."""
+        self._window = None
+
     def _active(self) -> list[str]:
         if self.layer.disable_adapters:
             return []

@@ -224,14 +224,19 @@ class LoRALinear(nn.Module):
         """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
         return self.lora_A, self.lora_B
 
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of W + s B A, as they are: for what needs no gradient."""
+        return (*self.factors(), self.scaling)
+
     def row_factor(self) -> Tensor | float:
         """d of W' = diag(d) (W + s B A): the gradient of W is d times that of W'."""
         return 1.0
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but weight and bias."""
-        own = dict(self.named_parameters(recurse=False))
-        return {name: value for name, value in own.items() if name not in ("weight", "bias")}
+        own = self._parameters.items()
+        base = ("weight", "bias")
+        return {name: value for name, value in own if value is not None and name not in base}
 
     @torch.no_grad()
     def offset_weight(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -288,7 +293,12 @@ class LoRALinear(nn.Module):
 
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""
-        self._window = window
+        # Not through Module.__setattr__: a window sets it on every layer.
+        self.__dict__["_window"] = window
+
+    def leave_window(self) -> None:
+        """Belong to no window."""
+        self.__dict__["_window"] = None
 
     @property
     def takes_shards(self) -> bool:
@@ -299,7 +309,7 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether `weight` holds W + s B A at the moment."""
-        return self._clean_weight is not None
+        return self._buffers["_clean_weight"] is not None
 
     def merged_weight(self) -> Tensor:
         """W + s B A of the clean W, in the weight's dtype, rounded once; a new tensor."""

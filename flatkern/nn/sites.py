@@ -54,8 +54,14 @@ class Site(Protocol):
     def adapters(self) -> dict[str, nn.Parameter]:
         """The parameters that are the adapter's, not the base model's, by name."""
 
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of W', as they are: for what needs no gradient."""
+
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""
+
+    def leave_window(self) -> None:
+        """Belong to no window."""
 
     def require_closed(self, action: str) -> None:
         """RuntimeError while a window is open, paused or not."""

@@ -105,6 +105,7 @@ def _write_row_norms(weights, lora_As, lora_Bs, scalings, factors, out):
         backend = _backend.resolve(weights[0].device.type, weights[0].dtype)
         factors = [1.0] * len(weights) if factors is None else factors
         row_scales_(backend, out, weights, lora_As or (), lora_Bs or (), scalings, factors)
+        bump_versions(out)
     return out
 
 
