@@ -226,7 +226,11 @@ class LoRALinear(nn.Module):
 
     def operands(self) -> tuple[Tensor, Tensor, float]:
         """A, B and s of W + s B A, as they are: for what needs no gradient."""
-        return (*self.factors(), self.scaling)
+        # Not through Module.__getattr__, where that is possible: a window asks every layer.
+        own = self._parameters
+        plain = type(self).factors is LoRALinear.factors and "lora_A" in own and "lora_B" in own
+        lora_A, lora_B = (own["lora_A"], own["lora_B"]) if plain else self.factors()
+        return lora_A, lora_B, self.scaling
 
     def row_factor(self) -> Tensor | float:
         """d of W' = diag(d) (W + s B A): the gradient of W is d times that of W'."""

@@ -274,7 +274,8 @@ class Scales:
         where = dict(zip(targets, self._out, strict=True))
         self._groups = []
         for (strategy, merged, *_), group in _grouped(targets, _scaled_alike):
-            weights = [target.by_row for target in group]
+            # Quantised weights and shards are looked at anew in each window.
+            weights = [target.by_row for target in group] if group[0].by_row is not None else None
             sites = [target.layers[0] for target in group] if merged else []
             own = [where[target] for target in group]
             self._groups.append((STRATEGIES[strategy], group, own, weights, sites))
@@ -285,8 +286,7 @@ class Scales:
             operands = [site.operands() for site in sites]
             strategy(
                 out,
-                # Quantised weights and shards are looked at anew.
-                weights if None not in weights else [target.make_by_row() for target in group],
+                weights or [target.make_by_row() for target in group],
                 [lora_A for lora_A, _, _ in operands] or None,
                 [lora_B for _, lora_B, _ in operands] or None,
                 [scaling for _, _, scaling in operands] or [1.0] * len(group),
