@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 
 class Guard:
@@ -20,21 +21,24 @@ class Guard:
     def __init__(self, target: Any, module: nn.Module, parameter: str) -> None:
         """Guard `parameter` of `module`, for a `Target`; nothing is put on it yet."""
         self._target = target
-        self._module = module
         self._parameter = parameter
+        self._attributes = module.__dict__
+        self._saving, self._loading = module._state_dict_hooks, module._load_state_dict_pre_hooks
+        self._handles = RemovableHandle(self._saving), RemovableHandle(self._loading)
 
     def put(self, survives_casts: bool) -> None:
-        """Guard from here on. Made once and put by hand, which costs less than registering."""
-        self._module._state_dict_hooks[self] = self
-        self._module._load_state_dict_pre_hooks[self] = self._refuse_load
+        """Guard from here on. Under handles made once, which costs less than registering."""
+        saving, loading = self._handles
+        self._saving[saving.id] = self
+        self._loading[loading.id] = self._refuse_load
         if not survives_casts:
-            self._module.__dict__["_apply"] = self._refuse_cast
+            self._attributes["_apply"] = self._refuse_cast
 
     def remove(self) -> None:
         """Leave the module as it was; harmless where it is."""
-        self._module.__dict__.pop("_apply", None)
-        self._module._load_state_dict_pre_hooks.pop(self, None)
-        self._module._state_dict_hooks.pop(self, None)
+        self._attributes.pop("_apply", None)
+        for handle in self._handles:
+            handle.remove()
 
     def __call__(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any

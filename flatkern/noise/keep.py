@@ -9,14 +9,11 @@ from torch import Tensor
 
 from flatkern import ops
 from flatkern.noise.rows import Rows
-from flatkern.ops._residual import EMPTY, FILLED, Header, raise_for, read_all
+from flatkern.ops._residual import EMPTY, FILLED, Header, all_done, header_of, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
-from flatkern.reference.residual import HEADER_BYTES
 
 # Times the pool that a window was measured to need, and what chance may add to a small one.
 _SPARE = 1.1
-# The words of a residual's header with clean, state, mismatched and refused.
-_COUNTERS = slice(22, 26)
 # Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
 _PANEL = 2**20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -213,7 +210,7 @@ class Residual:
     def header(self) -> Tensor:
         """A view of the residual's first bytes, made once."""
         if self._viewed[0] is not self._residual:
-            self._viewed = self._residual, self._residual[:HEADER_BYTES]
+            self._viewed = self._residual, header_of(self._residual)
         return self._viewed[1]
 
     @staticmethod
@@ -358,17 +355,8 @@ def _all_done(kept: list[Kept], state: int) -> bool:
 
     One whose kernels a CUDA graph only records says nothing.
     """
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for one in kept:
-        if not _is_capturing(one.weight):
-            by_device.setdefault(one.weight.device, []).append(one.keeper.header())
-    for headers in by_device.values():
-        words = torch.cat(headers).view(torch.int32).view(len(headers), -1)
-        clean, now, *refused = words[:, _COUNTERS].unbind(1)
-        wrong = [(now - state), *refused, *([clean] if state == FILLED else [])]
-        if torch.stack(wrong).any():
-            return False
-    return True
+    headers = [one.keeper.header() for one in kept if not _is_capturing(one.weight)]
+    return all_done(headers, state)
 
 
 def _is_capturing(weight: Tensor) -> bool:

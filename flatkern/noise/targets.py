@@ -1,5 +1,6 @@
 """The weights of a model that take noise, and what happens to each of them in a window."""
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,10 @@ from flatkern.noise.guards import Guard, late_backward_guard
 from flatkern.noise.keep import Keeper, Kept, keeper_of
 from flatkern.noise.rows import Rows
 from flatkern.noise.strategies import STRATEGIES
+from flatkern.ops import _check
 from flatkern.ops._library import as_matrix, bump_versions
 
+_OP = "WeightNoise"
 # As residuals say it.
 WRITTEN = "weight is not what perturb_ left"
 
@@ -135,11 +138,13 @@ class Target:
         weight = self.weight
         self.sharded_linear = shards.noisy_linear if shards.is_sharded(weight) else None
         self._found = None
+        part = self.part
+        if self.quantized is None:
+            _check.weight(_OP, part.local, self.name)
         if self.sharded_linear is None and self.quantized is None:
-            part = self.part
             matrix = as_matrix(part.local)
             held = self.owners[0][0]._parameters.get(self.owners[0][1])
-            by_row = as_matrix(self.rows.by_row(weight)) if not self.rows.columns else None
+            by_row = self.rows.by_row(weight) if not self.rows.columns else None
             self._found = _Found(held, matrix.data_ptr(), matrix.dtype, matrix, by_row)
         self.choose_keeper()
         if not self.guards:
@@ -273,6 +278,8 @@ class Scales:
         self._out = [target.row_scale for target in targets] if out is None else out
         where = dict(zip(targets, self._out, strict=True))
         self._groups = []
+        # By a group's first target, its adapters that passed the checks.
+        self._checked: dict[Target, list[int]] = {}
         for (strategy, merged, *_), group in _grouped(targets, _scaled_alike):
             # Quantised weights and shards are looked at anew in each window.
             weights = [target.by_row for target in group] if group[0].by_row is not None else None
@@ -280,10 +287,22 @@ class Scales:
             own = [where[target] for target in group]
             self._groups.append((STRATEGIES[strategy], group, own, weights, sites))
 
+    def _check(self, group: list[Target], operands: list[tuple[Tensor, Tensor, float]]) -> None:
+        """The adapters, where they are others than those that were checked before."""
+        now = [id(part) for pair in operands for part in pair[:2]]
+        if now == self._checked.get(group[0]):
+            return
+        for target, own in zip(group, operands, strict=False):
+            rows, *rest = target.shape
+            shape = rows, math.prod(rest)
+            _check.adapters(f"{_OP}: {target.name}", *own, shape, target.weight.device)
+        self._checked[group[0]] = now
+
     def write(self, sigma: float) -> None:
         """Fill them from the clean weights."""
         for strategy, group, out, weights, sites in self._groups:
             operands = [site.operands() for site in sites]
+            self._check(group, operands)
             strategy(
                 out,
                 weights or [target.make_by_row() for target in group],

@@ -19,12 +19,15 @@ from flatkern.reference.header import (
     read,
     read_all,
 )
+from flatkern.reference.residual import HEADER_BYTES
 
 __all__ = ["EMPTY", "FILLED", "Header", "layout_of", "new_header", "read", "read_all"]
 
 # The other backends refuse a residual.
 BACKENDS = ("cpu", "cuda", "reference")
 _ALIGNMENT = 16
+# The words of a header with clean, state, mismatched and refused.
+_COUNTERS = slice(22, 26)
 _STATES = {
     "filled": "was filled by an earlier perturb_ that was not restored; restore_ the weight first",
     "empty": "is empty: nothing was perturbed with it since the last restore_",
@@ -68,6 +71,24 @@ def check_place(op: str, residual: Tensor, weight: Tensor) -> None:
 def in_kernels(weight: Tensor) -> bool:
     """Whether a call returns before its kernels ran; then `check_residual` reports refusals."""
     return _backend.resolve(weight.device.type, weight.dtype) == "cuda"
+
+
+def header_of(residual: Tensor) -> Tensor:
+    """A view of the header's bytes, for `all_done`."""
+    return residual[:HEADER_BYTES]
+
+
+def all_done(headers: list[Tensor], state: int) -> bool:
+    """Whether headers on one device say that all is done, with one copy to the host.
+
+    FILLED: and every chunk found room. EMPTY: and every chunk is restored.
+    """
+    if not headers:
+        return True
+    words = torch.cat(headers).view(torch.int32).view(len(headers), -1)
+    clean, now, mismatched, refused = words[:, _COUNTERS].unbind(1)
+    wrong = (now - state) | mismatched | refused
+    return not (wrong | clean if state == FILLED else wrong).any()
 
 
 def raise_for(op: str, header: Header) -> None:

@@ -1,4 +1,4 @@
-"""A window is a few calls into the kernels, whatever the number of layers; what it made, it keeps."""
+"""A window is a few calls into the kernels, however many layers; what it made, it keeps."""
 
 import pytest
 import tolerances
