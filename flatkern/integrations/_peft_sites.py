@@ -148,10 +148,6 @@ class PeftSite(Bystander):
         """A, B and s of the active adapters, as they are."""
         return self._scaled_factors()
 
-    def leave_window(self) -> None:
-        """Belong to no window."""
-        self._window = None
-
     def _active(self) -> list[str]:
         if self.layer.disable_adapters:
             return []

@@ -238,8 +238,7 @@ class LoRALinear(nn.Module):
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but weight and bias."""
-        own = self._parameters.items()
-        base = ("weight", "bias")
+        own, base = self._parameters.items(), ("weight", "bias")
         return {name: value for name, value in own if value is not None and name not in base}
 
     @torch.no_grad()
@@ -299,10 +298,6 @@ class LoRALinear(nn.Module):
         """Belong to the window that is being opened; the weight is clean at this time."""
         # Not through Module.__setattr__: a window sets it on every layer.
         self.__dict__["_window"] = window
-
-    def leave_window(self) -> None:
-        """Belong to no window."""
-        self.__dict__["_window"] = None
 
     @property
     def takes_shards(self) -> bool:

@@ -60,9 +60,6 @@ class Site(Protocol):
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""
 
-    def leave_window(self) -> None:
-        """Belong to no window."""
-
     def require_closed(self, action: str) -> None:
         """RuntimeError while a window is open, paused or not."""
 
