@@ -40,12 +40,13 @@ class Calls:
         self.silent: list[str] = []
         self._model = model
         self._hook = _Hook()
-        self._unseen = {target for target in targets if target.layers}
+        layers = [target for target in targets if target.layers]
+        self._unseen = set(layers)
         self._kinds_seen: set[str] = set()
         self._windows = 0
         sequences = {n for n, m in named_modules(model) if isinstance(m, nn.Sequential)}
-        self._kinds = {t: _kind(t.name, sequences) for t in self._unseen}
-        for target in self._unseen:
+        self._kinds = {target: _kind(target.name, sequences) for target in layers}
+        for target in layers:
             target.traced = self._trace
 
     def watch(self, noisy: bool) -> None:
@@ -90,6 +91,10 @@ class Calls:
 
     def _trace(self) -> None:
         _TRACED.add(self._model)
+
+    # As torch.compiler.assume_constant_result does, which imports the compiler: run when a compiler
+    # traces the call, and leave nothing of it in what is compiled.
+    _trace._dynamo_marked_constant = True
 
 
 def _kind(name: str, sequences: set[str]) -> str:

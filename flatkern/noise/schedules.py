@@ -80,20 +80,19 @@ def schedule_of(op: str, schedule: Schedule | str | None) -> Schedule:
     """What `WeightNoise(schedule=...)` means: None and "constant" are `constant()`.
 
     Raises:
-        TypeError, ValueError: neither that nor a function. The other schedules have no name where
-            nobody knows how many steps a run will take.
+        TypeError: neither that nor a function. The other schedules have no name where nobody knows
+            how many steps a run will take.
     """
-    if schedule is None or schedule == "constant":
+    if schedule is None or (isinstance(schedule, str) and schedule == "constant"):
         return constant()
     if callable(schedule):
         return schedule
     if schedule in ("cosine_ramp", "linear_ramp", "lpf"):
-        raise ValueError(
+        raise TypeError(
             f"{op}: schedule {schedule!r} needs the number of optimizer steps, which only the "
             f"callbacks of a trainer know; pass flatkern.{schedule}(total_steps)"
         )
-    kind = ValueError if isinstance(schedule, str) else TypeError
-    raise kind(
+    raise TypeError(
         f"{op}: schedule must be 'constant', a function of the 0-based step, such as "
         f"flatkern.cosine_ramp(total_steps), or None, got {schedule!r}"
     )

@@ -177,8 +177,8 @@ class WeightNoise:
         key = NoiseKey(self._seed, step, self._draw_word(draw))
         sigma_t = self._sigma_at(step)
         mode = self._mode_for(micro_batches)
-        self._weights.check()
         registry.require_free(_OP, self)
+        self._weights.check()
         self._open = _Open(step, sigma_t, advances, mode)
         try:
             registry.register(self)
