@@ -137,14 +137,14 @@ class Target:
         weight = self.weight
         self.sharded_linear = shards.noisy_linear if shards.is_sharded(weight) else None
         self._found = None
-        part = self.part
-        if self.quantized is None:
-            _check.weight(_OP, part.local, self.name)
-        if self.sharded_linear is None and self.quantized is None:
-            matrix = as_matrix(part.local)
+        if self.quantized is not None:
+            return
+        local = self.part.local
+        _check.weight(_OP, local, self.name)
+        if self.sharded_linear is None:
             held = self.owners[0][0]._parameters.get(self.owners[0][1])
             by_row = self.rows.by_row(weight) if not self.rows.columns else None
-            self._found = _Found(held, matrix.data_ptr(), matrix.dtype, matrix, by_row)
+            self._found = _Found(held, local.data_ptr(), local.dtype, by_row)
         self.choose_keeper()
         if not self.guards:
             self.guards = [Guard(self, *owner) for owner in self.owners]
@@ -240,12 +240,11 @@ class Target:
 
 @dataclass
 class _Found:
-    """A weight that is neither sharded nor quantised, as matrices in its own memory."""
+    """A weight that is neither sharded nor quantised; `by_row` and `kept` view its memory."""
 
     held: nn.Parameter
     address: int
     dtype: torch.dtype
-    matrix: Tensor
     by_row: Tensor | None
     kept: Kept | None = None
 
