@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from flatkern.integrations import quantized
-from flatkern.nn import adalora_factors
+from flatkern.nn import adalora_factors, shards
 from flatkern.nn.sites import ATTRIBUTE, noisy_product
-from flatkern.noise import shards
 from flatkern.ops import _check
 
 # Where PEFT has its layers over those of bitsandbytes, all of them linear.

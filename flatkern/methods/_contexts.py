@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from flatkern.noise.shards import part_of
+from flatkern.nn.shards import part_of
 
 # Batch and instance norms: whatever has statistics that a forward in training mode updates.
 _TRACKING = (nn.modules.batchnorm._NormBase,)

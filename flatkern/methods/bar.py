@@ -10,8 +10,8 @@ from flatkern.methods._ascent import wide_norm
 from flatkern.methods._layers import lora_layers
 from flatkern.methods.base import Method
 from flatkern.nn import LoRALinear
+from flatkern.nn.shards import part_of
 from flatkern.noise.schedules import Schedule, constant, factor_at
-from flatkern.noise.shards import part_of
 from flatkern.ops import _check
 
 VARIANTS = ("nBAR", "oBAR")

@@ -16,6 +16,7 @@ from flatkern.nn.factors import nora_factors
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.nora import NoRALinear
 from flatkern.nn.replace import find_lora_layers, swap
+from flatkern.nn.shards import is_sharded, whole
 from flatkern.ops import _check
 
 CONFIG_FILE = "adapter_config.json"
@@ -80,7 +81,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for name in layers
         for part, value in parts[name].items()
     }
-    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() > 0:
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() > 0:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,21 +89,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
 @torch.no_grad()
 def _parts(layer: LoRALinear) -> dict[str, Tensor]:
     """The layer's adapter relative to the original weight: W' = W + s B A, or DoRA's of that V."""
     # Not the attributes: the state is clean in any window.
     saved = (*layer.adapters(), "offset_A", "offset_B")
-    state = {name: _gathered(value) for name, value in layer.state_dict().items() if name in saved}
+    state = {name: whole(value) for name, value in layer.state_dict().items() if name in saved}
     parts = {part: state[part] for part in _PARTS if part in state}
     if isinstance(layer, NoRALinear):
         own = {name: state[name] for name in layer.adapters()}

@@ -3,7 +3,7 @@
 from torch import nn
 
 from flatkern import _backend
-from flatkern.noise import shards
+from flatkern.nn import shards
 from flatkern.noise.scopes import why_no_elements
 from flatkern.noise.targets import Target
 from flatkern.noise.whole import require_whole

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatkern.noise.shards import row_norms_
+from flatkern.nn.shards import row_norms_
 
 Adapters = list[Tensor] | None
 Strategy = Callable[[list[Tensor], list[Tensor], Adapters, Adapters, list[float], float], None]

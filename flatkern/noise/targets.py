@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
+from flatkern.nn import shards
 from flatkern.nn.sites import Quantized, Site
-from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.guards import Guard, late_backward_guard
 from flatkern.noise.keep import Keeper, Kept, keeper_of

@@ -5,8 +5,8 @@ import contextlib
 from torch import Tensor, nn
 
 from flatkern import _backend
+from flatkern.nn import shards
 from flatkern.nn.names import named_parameters
-from flatkern.noise import shards
 from flatkern.noise.calls import Calls
 from flatkern.noise.changes import Places, Seen, check_shards, check_weights
 from flatkern.noise.fisher import Fisher
