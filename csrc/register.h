@@ -70,6 +70,8 @@ struct Ops {
   static void check_matrix(const at::Tensor& t) {
     TORCH_CHECK(t.device().type() == Backend::kDevice && t.dim() == 2, Backend::kName,
                 ": expected a matrix on this backend's device");
+    TORCH_CHECK(t.numel() == 0 || t.const_data_ptr() != nullptr, Backend::kName,
+                ": the memory of a tensor was freed");
     TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, Backend::kName, ": columns must be adjacent");
     TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), Backend::kName,
                 ": rows must not overlap");

@@ -184,7 +184,7 @@ class Target:
     @property
     def by_row(self) -> Tensor | None:
         """What the scale is taken of, [rows, their length], where that is a view of the weight."""
-        return None if self._found is None else self._found.by_row
+        return self._found.by_row if self._is_found() else None
 
     def make_by_row(self) -> Tensor:
         """`by_row` of the weight as it is now."""

@@ -97,6 +97,8 @@ class Weights:
             RuntimeError: a weight that had noise cannot take it any more, or its layer is merged
                 or in another window.
         """
+        # What FSDP has gathered may be freed at any time, and show other noise than the shards.
+        shards.reshard(self._model)
         self._are_where_they_were = self._places.still()
         if not self._seen.still(weights_too=not self._are_where_they_were):
             self._are_where_they_were = False
