@@ -46,7 +46,7 @@ class Rows:
         groups = matrix.reshape(
             self.columns, -1, self._cols(weight.shape) // self.width, self.width
         )
-        return groups.transpose(1, 2).reshape(self.count(weight.shape), -1)
+        return groups.transpose(1, 2).reshape(self.count(weight.shape), -1).contiguous()
 
     def squares(self, gradient: Tensor) -> Tensor:
         """The sum of squares over each row, float32 or wider."""

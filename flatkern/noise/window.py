@@ -76,7 +76,7 @@ class WeightNoise:
         scope: str = "merged",
         mode: str = "virtual",
         restore: str | None = None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | str | None = None,
         seed: int = 0,
         ranks: str = "same",
         fisher: Fisher | None = None,
@@ -93,7 +93,7 @@ class WeightNoise:
             scope: "merged": the base weights of LoRALinear layers, scaled as W' = W + s B A.
                 "origin": every tensor but the adapters; "lora": the adapters; "full": both;
                 "trainable": every trainable parameter. "all": as "merged", and with sigma |w|
-                every vector and embedding.
+                every other floating base parameter. PEFT's adapters count, attached or not.
             mode: "virtual", "inplace" or "auto"; what is not a base weight of LoRALinear layers is
                 always written in place.
             restore: how an in-place window keeps the clean bits. "residual": what the noise takes
@@ -101,15 +101,19 @@ class WeightNoise:
                 cannot be cast or moved, and a weight that was written cannot be restored.
                 "snapshot": a copy of every weight in scope. "host": the same in host memory.
                 None: a residual where the backend has kernels for it, else a snapshot.
-            schedule: factor of sigma as a function of the 0-based step; None: constant.
+            schedule: factor of sigma as a function of the 0-based step; None or "constant": 1.
             seed: in [0, 2^32).
             ranks: "same" noise on every rank of torch.distributed, or "independent", which sharded
                 weights refuse.
             fisher: the F of strategy "fisher"; whoever passes it keeps it up to date.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or value, or a model with nothing
-                to perturb.
+            TypeError, ValueError: an argument of the wrong kind or value, a model with nothing to
+                perturb, or a tensor that stands for a weight held elsewhere (FSDP version 1,
+                ZeRO-3, offloaded, lazy).
+
+        Warns:
+            UserWarning: weights in scope that take no noise (complex, quantised), by name.
         """
         _check.kinds(_OP, nn.Module, model=model)
         _check.kinds(_OP, (float, int), sigma=sigma)

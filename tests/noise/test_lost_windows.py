@@ -1,7 +1,5 @@
 """Windows whose owner is out of reach: closed by a finalizer or `flatkern.close`."""
 
-import gc
-
 import pytest
 import torch
 from noisy_models import assert_clean, clean_weights, make_model
@@ -18,9 +16,10 @@ def test_a_dropped_owner_closes_its_window(options):
     before = clean_weights(model)
     noise = flatkern.WeightNoise(model, 0.3, **options)
     noise.open()
+    owners = [noise]
+    del noise
     with pytest.warns(ResourceWarning, match="dropped with its window open"):
-        del noise
-        gc.collect()
+        owners.clear()
     assert_clean(model, before)
     with flatkern.WeightNoise(model, 0.3, **options).window():
         pass
