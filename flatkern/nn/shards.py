@@ -109,7 +109,8 @@ def row_norms_(
         lists = matrices, lora_As, lora_Bs, scalings
         ops.foreach_row_norm(*lists, factors=factors, out=out, checked=True)
         return
-    norms = row_norms(*operands, scalings)
+    detached = ([part.detach() for part in parts] if parts else None for parts in operands)
+    norms = row_norms(*detached, scalings)
     torch._foreach_copy_(out, torch._foreach_mul(norms, factors))
 
 
