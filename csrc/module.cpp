@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
       "build_info",
       [] {
         pybind11::dict info;
+        info["noise_version"] = flatkern::kNoiseVersion;
         info["torch"] = FLATKERN_TORCH_VERSION;
         info["compiler"] = FLATKERN_COMPILER;
         info["flags"] = FLATKERN_CXX_FLAGS;

@@ -35,6 +35,10 @@ FLATKERN_HD void opaque(uint64_t& value) {
 #endif
 }
 
+// Raised whenever a bit of any kernel's noise changes: a residual is restored by the noise that
+// filled it. NOISE_VERSION in flatkern/_version.py is the same.
+constexpr int kNoiseVersion = 1;
+
 struct NoiseKey {
   uint32_t seed, step, draw, tensor;
 };

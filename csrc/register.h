@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -37,9 +38,18 @@ inline ResidualParts parts_of(const at::Tensor& residual, const Chunks& chunks) 
           static_cast<uint64_t>(residual.numel() - pool) / 4};
 }
 
+// A hash (FNV-1a) of all that may move a bit of the noise or of the brackets.
+inline uint64_t implementation_of(const std::string& parts) {
+  uint64_t hash = 0xCBF29CE484222325u;
+  for (const unsigned char c : std::to_string(kNoiseVersion) + FLATKERN_TORCH_VERSION + parts) {
+    hash = (hash ^ c) * 0x100000001B3u;
+  }
+  return hash;
+}
+
 template <class Backend>
 struct Ops {
-  using Window = typename Backend::Window;
+  using Block = typename Backend::Block;
   using NoiseArgs = typename Backend::NoiseArgs;
   using PerturbArgs = typename Backend::PerturbArgs;
   using RowNormArgs = typename Backend::RowNormArgs;
@@ -61,6 +71,8 @@ struct Ops {
   static void check_matrix(const at::Tensor& t) {
     TORCH_CHECK(t.device().type() == Backend::kDevice && t.dim() == 2, Backend::kName,
                 ": expected a matrix on this backend's device");
+    TORCH_CHECK(t.numel() == 0 || t.const_data_ptr() != nullptr, Backend::kName,
+                ": the memory of a tensor was freed");
     TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, Backend::kName, ": columns must be adjacent");
     TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), Backend::kName,
                 ": rows must not overlap");
@@ -79,8 +91,8 @@ struct Ops {
     return key.contiguous();
   }
 
-  static Window window_of(const at::Tensor& words, int64_t rows, int64_t cols, int64_t row_offset,
-                          int64_t col_offset) {
+  static Block block_of(const at::Tensor& words, int64_t rows, int64_t cols, int64_t row_offset,
+                        int64_t col_offset) {
     TORCH_CHECK(rows >= 0 && cols >= 0 && row_offset >= 0 && col_offset >= 0, Backend::kName,
                 ": sizes and offsets must not be negative");
     return {Backend::key_of(words.const_data_ptr<int64_t>()), rows, cols,
@@ -90,18 +102,18 @@ struct Ops {
   static at::Tensor philox_bits(int64_t rows, int64_t cols, const at::Tensor& key,
                                 int64_t row_offset, int64_t col_offset) {
     const at::Tensor words = words_of(key);
-    const Window window = window_of(words, rows, cols, row_offset, col_offset);
+    const Block block = block_of(words, rows, cols, row_offset, col_offset);
     at::Tensor out = at::empty({rows, cols}, key.options());
-    Backend::philox_bits(out, NoiseArgs{window, out.mutable_data_ptr()});
+    Backend::philox_bits(out, NoiseArgs{block, out.mutable_data_ptr()});
     return out;
   }
 
   static at::Tensor noise(int64_t rows, int64_t cols, const at::Tensor& key, int64_t row_offset,
                           int64_t col_offset) {
     const at::Tensor words = words_of(key);
-    const Window window = window_of(words, rows, cols, row_offset, col_offset);
+    const Block block = block_of(words, rows, cols, row_offset, col_offset);
     at::Tensor out = at::empty({rows, cols}, key.options().dtype(at::kFloat));
-    Backend::noise(out, NoiseArgs{window, out.mutable_data_ptr()});
+    Backend::noise(out, NoiseArgs{block, out.mutable_data_ptr()});
     return out;
   }
 
@@ -118,7 +130,7 @@ struct Ops {
     TORCH_CHECK(row_scale.scalar_type() == at::kFloat && row_scale.is_contiguous() &&
                     row_scale.numel() == weight.size(0),
                 Backend::kName, ": row_scale must be contiguous float32 [rows]");
-    return {window_of(words, weight.size(0), weight.size(1), row_offset, col_offset),
+    return {block_of(words, weight.size(0), weight.size(1), row_offset, col_offset),
             weight.const_data_ptr(),
             out.mutable_data_ptr(),
             dtype_of(weight),
@@ -154,8 +166,8 @@ struct Ops {
     const int64_t first = panel.row * panel.weight.stride(0) + panel.col;
     const auto* bytes = static_cast<const uint8_t*>(panel.weight.const_data_ptr());
     Backend::perturb(out,
-                     {{window_of(panel.words, panel.rows, panel.cols, panel.row_offset + panel.row,
-                                 panel.col_offset + panel.col),
+                     {{block_of(panel.words, panel.rows, panel.cols, panel.row_offset + panel.row,
+                                panel.col_offset + panel.col),
                        bytes + first * panel.weight.element_size(), out.mutable_data_ptr(),
                        dtype_of(panel.weight), dtype_of(out), panel.weight.stride(0), panel.cols,
                        panel.row_scale.const_data_ptr<float>() + panel.row, panel.elementwise}});
@@ -188,7 +200,6 @@ struct Ops {
   static void run_inplace(const at::Tensor& on, const std::vector<PerturbArgs>& tensors,
                           at::TensorList residuals) {
     if (residuals.empty()) return (Restores ? Backend::restore : Backend::perturb)(on, tensors);
-    for (const at::Tensor& residual : residuals) check_one_device(residual, on);
     (Restores ? Backend::restore_residual : Backend::perturb_residual)(tensors, residuals);
   }
 
@@ -210,6 +221,8 @@ struct Ops {
       tensors.push_back(perturb_args(weights[i], weights[i], words[i], row_scales[i], elementwise,
                                      row_offsets[i], col_offsets[i]));
     }
+    for (const at::Tensor& residual : residuals) check_one_device(residual, weights[0]);
+    if (!residuals.empty() && !Backend::template admits<Restores>(tensors, residuals)) return;
     if (!overlap(tensors, residuals)) return run_inplace<Restores>(weights[0], tensors, residuals);
     for (size_t i = 0; i < count; ++i) {
       run_inplace<Restores>(weights[0], {tensors[i]},
@@ -227,27 +240,41 @@ struct Ops {
   }
 
   // The adapters as the backend's row norm reads them; the arguments hold pointers into them.
-  struct Adapters {
-    at::Tensor lora_A, lora_B;
-    double scaling;
-  };
+  using Adapters = typename Backend::Adapters;
 
+  static void check_adapters(const at::Tensor& weight, const at::Tensor& lora_A,
+                             const at::Tensor& lora_B) {
+    TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2 &&
+                    lora_A.size(1) == weight.size(1) && lora_B.size(0) == weight.size(0) &&
+                    lora_A.size(0) == lora_B.size(1),
+                Backend::kName, ": lora_A must be [r, n] and lora_B [m, r]");
+    TORCH_CHECK(lora_A.device() == weight.device() && lora_B.device() == weight.device(),
+                Backend::kName, ": adapters must be on the weight's device");
+  }
+
+  static std::vector<Adapters> prepare_all(at::TensorList weights, at::TensorList lora_As,
+                                           at::TensorList lora_Bs, at::ArrayRef<double> scalings) {
+    if (lora_As.empty()) return std::vector<Adapters>(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) check_adapters(weights[i], lora_As[i], lora_Bs[i]);
+    return Backend::adapters(lora_As, lora_Bs, scalings);
+  }
+
+  // Of one.
   static Adapters prepare_adapters(const at::Tensor& weight, const OptionalTensor& lora_A,
                                    const OptionalTensor& lora_B, double scaling) {
     if (!lora_A.has_value() || !lora_B.has_value()) return {};
-    TORCH_CHECK(lora_A->dim() == 2 && lora_B->dim() == 2 && lora_A->size(1) == weight.size(1) &&
-                    lora_B->size(0) == weight.size(0) && lora_A->size(0) == lora_B->size(1),
-                Backend::kName, ": lora_A must be [r, n] and lora_B [m, r]");
-    TORCH_CHECK(lora_A->device() == weight.device() && lora_B->device() == weight.device(),
-                Backend::kName, ": adapters must be on the weight's device");
-    const auto [own_A, own_B] = Backend::adapters(*lora_A, *lora_B, scaling);
-    return {own_A, own_B, scaling};
+    return prepare_all(weight, *lora_A, *lora_B, scaling)[0];
   }
 
+  // `norm` times `factor` is written.
   static RowNormArgs row_norm_args(const at::Tensor& weight, const Adapters& adapters,
-                                   const at::Tensor& norm) {
+                                   const at::Tensor& norm, double factor) {
     check_matrix(weight);
+    TORCH_CHECK(norm.scalar_type() == at::kFloat && norm.is_contiguous() &&
+                    norm.numel() == weight.size(0) && norm.device() == weight.device(),
+                Backend::kName, ": norms must be contiguous float32 [rows] on the weight's device");
     RowNormArgs args{};
+    args.relative_scale = static_cast<float>(factor);
     args.rows = weight.size(0);
     args.cols = weight.size(1);
     args.weight = weight.const_data_ptr();
@@ -255,7 +282,7 @@ struct Ops {
     args.weight_stride = weight.stride(0);
     if (adapters.lora_A.defined()) {
       args.rank = adapters.lora_A.size(0);
-      Backend::set_adapters(args, adapters.lora_A, adapters.lora_B, adapters.scaling);
+      Backend::set_adapters(args, adapters);
     }
     args.norm = norm.mutable_data_ptr<float>();
     return args;
@@ -265,31 +292,27 @@ struct Ops {
                              const OptionalTensor& lora_B, double scaling) {
     const Adapters adapters = prepare_adapters(weight, lora_A, lora_B, scaling);
     at::Tensor norm = at::empty({weight.size(0)}, weight.options().dtype(at::kFloat));
-    Backend::row_norm(norm, {row_norm_args(weight, adapters, norm)});
+    Backend::row_norm(norm, {row_norm_args(weight, adapters, norm, 1.0)});
     return norm;
   }
 
-  // All tensors on one device.
-  static std::vector<at::Tensor> foreach_row_norm(at::TensorList weights, at::TensorList lora_As,
-                                                  at::TensorList lora_Bs,
-                                                  at::ArrayRef<double> scalings) {
+  // All tensors on one device: row_scales[i] = factors[i] ||(W + s B A)_rows||.
+  static void foreach_row_scale_(at::TensorList row_scales, at::TensorList weights,
+                                 at::TensorList lora_As, at::TensorList lora_Bs,
+                                 at::ArrayRef<double> scalings, at::ArrayRef<double> factors) {
     const size_t count = weights.size();
-    TORCH_CHECK(scalings.size() == count && lora_As.size() == lora_Bs.size() &&
+    TORCH_CHECK(row_scales.size() == count && scalings.size() == count && factors.size() == count &&
+                    lora_As.size() == lora_Bs.size() &&
                     (lora_As.empty() || lora_As.size() == count),
                 Backend::kName, ": lists must be of one length");
-    std::vector<at::Tensor> norms;
-    std::vector<Adapters> adapters;
+    if (count == 0) return;
+    for (const at::Tensor& weight : weights) check_one_device(weight, weights[0]);
+    const std::vector<Adapters> adapters = prepare_all(weights, lora_As, lora_Bs, scalings);
     std::vector<RowNormArgs> tensors;
     for (size_t i = 0; i < count; ++i) {
-      check_one_device(weights[i], weights[0]);
-      adapters.push_back(lora_As.empty()
-                             ? Adapters{}
-                             : prepare_adapters(weights[i], lora_As[i], lora_Bs[i], scalings[i]));
-      norms.push_back(at::empty({weights[i].size(0)}, weights[i].options().dtype(at::kFloat)));
-      tensors.push_back(row_norm_args(weights[i], adapters[i], norms[i]));
+      tensors.push_back(row_norm_args(weights[i], adapters[i], row_scales[i], factors[i]));
     }
-    if (count != 0) Backend::row_norm(norms[0], tensors);
-    return norms;
+    Backend::row_norm(row_scales[0], tensors);
   }
 
   static at::Tensor perturb_merged_(at::Tensor& weight, const OptionalTensor& lora_A,
@@ -304,7 +327,7 @@ struct Ops {
     const double columns = static_cast<double>(std::max<int64_t>(weight.size(1), 1));
     Backend::perturb_merged(
         row_scale, perturb_args(weight, weight, words, row_scale, elementwise, row_offset, 0),
-        row_norm_args(weight, adapters, row_scale), static_cast<float>(sigma / std::sqrt(columns)));
+        row_norm_args(weight, adapters, row_scale, sigma / std::sqrt(columns)));
     return row_scale;
   }
 
@@ -317,7 +340,7 @@ struct Ops {
     m.impl("perturb_", inplace<false>);
     m.impl("restore_", inplace<true>);
     m.impl("perturb_merged_", perturb_merged_);
-    m.impl("foreach_row_norm", foreach_row_norm);
+    m.impl("foreach_row_scale_", foreach_row_scale_);
     m.impl("foreach_perturb_", foreach_inplace<false>);
     m.impl("foreach_restore_", foreach_inplace<true>);
   }

@@ -1,14 +1,13 @@
-// The layout of a residual: header, chunks, directory and pool. Host and device.
+// The layout of a residual, and its header, which every kernel compares with its call before it
+// writes anything: then no call waits for a copy to the host. Host and device.
 //
-// What it means is written down in flatkern/reference/residual.py. Of the header the CPU kernels
-// write the counters alone, and flatkern/ops/_residual.py the rest; the CUDA kernels keep it
-// themselves, so that no call waits for a copy to the host.
+// What it means is written down in flatkern/reference/residual.py and header.py.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "numeric.h"
+#include "args.h"
 
 namespace flatkern {
 
@@ -18,7 +17,7 @@ constexpr uint32_t kResidualMagic = 0x31524B46u;  // FKR1
 constexpr uint16_t kResidualVersion = 1;
 enum ResidualState : uint32_t { kEmpty, kFilled };
 
-// Why a CUDA kernel did nothing: bits of `refused`, in the order of _residual.REFUSALS.
+// Why a call wrote nothing: bits of `refused`, in the order of REFUSALS in reference/header.py.
 enum Refusal : uint32_t {
   kOtherBytes = 1u << 0,
   kOtherWeight = 1u << 1,
@@ -35,7 +34,7 @@ enum Refusal : uint32_t {
   kOtherRowScale = 1u << 12,
 };
 
-// As flatkern.ops._residual.Header; zeros follow.
+// As Header in flatkern/reference/header.py; zeros follow.
 struct ResidualHeader {
   uint32_t magic;
   uint16_t version;
@@ -50,6 +49,75 @@ struct ResidualHeader {
 static_assert(offsetof(ResidualHeader, seed) == 40 && offsetof(ResidualHeader, asked) == 80 &&
               offsetof(ResidualHeader, refused) == 100 &&
               sizeof(ResidualHeader) <= kResidualHeader);
+
+// Of the digest of a row scale: a sum over its bits, each mixed with its position, modulo 2^64,
+// which `header_of` multiplies once more.
+FLATKERN_HD uint64_t mixed_scale(float row_scale, int64_t row) {
+  uint64_t x = static_cast<uint64_t>(row + 1) * 0x1E3779B97F4A7C15u;
+  x += static_cast<int64_t>(static_cast<int32_t>(bits_of_float(row_scale)));
+  x *= 0x3F58476D1CE4E5B9u;
+  return x ^ static_cast<uint64_t>(static_cast<int64_t>(x) >> 31);
+}
+
+// The header that a perturbation with these arguments leaves, before its chunks count; `scales` is
+// the sum of mixed_scale.
+template <class Key>
+FLATKERN_HD ResidualHeader header_of(const PerturbArgs<Key>& perturb, const NoiseKey& key,
+                                     uint64_t scales, uint64_t implementation, uint64_t capacity) {
+  const Block<Key>& block = perturb.window;
+  ResidualHeader header = {};
+  header.magic = kResidualMagic;
+  header.version = kResidualVersion;
+  header.dtype = static_cast<uint8_t>(perturb.weight_dtype);
+  header.elementwise = perturb.elementwise;
+  header.rows = static_cast<uint64_t>(block.rows);
+  // A weight without rows has no columns either: Layout in reference/residual.py.
+  header.cols = block.rows == 0 ? 0 : static_cast<uint64_t>(block.cols);
+  header.row_offset = block.row_offset;
+  header.col_offset = block.col_offset;
+  header.seed = key.seed;
+  header.step = key.step;
+  header.draw = key.draw;
+  header.tensor = key.tensor;
+  header.implementation = implementation;
+  header.row_scale = scales * 0x9E3779B97F4A7C15u;
+  header.capacity = capacity;
+  header.state = kFilled;
+  return header;
+}
+
+// Why the call must write nothing: bits of Refusal.
+FLATKERN_HD uint32_t refusal_of(const ResidualHeader& now, const ResidualHeader& then,
+                                bool restore) {
+  const auto differs = [](bool equal, Refusal why) -> uint32_t { return equal ? 0u : why; };
+  if (now.magic != then.magic || now.version != then.version) return kOtherBytes;
+  if (now.dtype != then.dtype || now.rows != then.rows || now.cols != then.cols ||
+      now.capacity != then.capacity) {
+    return kOtherWeight;
+  }
+  if (!restore) return differs(then.state == kEmpty, kAlreadyFilled);
+  if (then.state != kFilled) return kNotFilled;
+  return differs(now.implementation == then.implementation, kOtherImplementation) |
+         differs(now.elementwise == then.elementwise, kOtherElementwise) |
+         differs(now.row_offset == then.row_offset, kOtherRowOffset) |
+         differs(now.col_offset == then.col_offset, kOtherColOffset) |
+         differs(now.seed == then.seed, kOtherSeed) | differs(now.step == then.step, kOtherStep) |
+         differs(now.draw == then.draw, kOtherDraw) |
+         differs(now.tensor == then.tensor, kOtherTensor) |
+         differs(now.row_scale == then.row_scale, kOtherRowScale);
+}
+
+// What a call that was not refused notes before its chunks. A restored residual counts as empty
+// until a chunk says that it was left out.
+FLATKERN_HD void begin(ResidualHeader& header, const ResidualHeader& now, bool restore) {
+  if (!restore) {
+    header = now;
+    return;
+  }
+  header.mismatched = 0;
+  header.refused = 0;
+  header.state = kEmpty;
+}
 
 // A directory entry is word_offset << 2 | mode.
 constexpr uint64_t kMaxPayloadOffset = uint64_t{1} << 30;

@@ -17,16 +17,8 @@ from types import ModuleType
 
 import torch
 
+from flatkern._machine import TRITON_INTERPRETED, why_too_old
 from flatkern._version import __version__
-
-# Triton's interpreter, switched on before triton is imported, runs the kernels on CPU tensors.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in (
-    "1",
-    "true",
-    "yes",
-    "on",
-    "y",
-)
 
 # What serves a device type, best first; reference serves every device.
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -80,13 +72,6 @@ def _why_unusable(name: str) -> str | None:
             return "torch sees no CUDA device"
         return _why_no_code(info["cuda"]["archs"], torch.cuda.get_device_capability())
     return None
-
-
-def why_too_old(capability: tuple[int, int]) -> str | None:
-    """Why neither CUDA's nor Triton's kernels run on a GPU, or None."""
-    if capability >= (8, 0):
-        return None
-    return "the kernels need a GPU of compute capability 8.0 or higher"
 
 
 def _why_no_code(archs: str, capability: tuple[int, int]) -> str | None:

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../numeric.h"
+#include "../args.h"
 #include "../residual.h"
 
 // AVX2 and AVX-512 beside the portable kernels, in one build and without -march.
@@ -18,27 +18,9 @@
 
 namespace flatkern::cpu {
 
-// A range of global coordinates: the noise's address space.
-struct Window {
-  NoiseKey key;
-  int64_t rows, cols;
-  uint64_t row_offset, col_offset;
-};
-
-struct NoiseArgs {
-  Window window;
-  void* out;  // float [rows, cols], or int64 for the raw words
-};
-
-struct PerturbArgs {
-  Window window;
-  const void* weight;
-  void* out;  // may be weight itself
-  Dtype weight_dtype, out_dtype;
-  int64_t weight_stride, out_stride;  // between rows, in elements; columns are adjacent
-  const float* row_scale;
-  bool elementwise;
-};
+using Block = Block<NoiseKey>;
+using NoiseArgs = flatkern::NoiseArgs<NoiseKey>;
+using PerturbArgs = flatkern::PerturbArgs<NoiseKey>;
 
 struct RowNormArgs {
   int64_t rows, cols, rank;
@@ -48,13 +30,13 @@ struct RowNormArgs {
   const float* lora_A;    // [rank, lora_A_stride], zeros past cols
   int64_t lora_A_stride;  // cols rounded up to kNormLanes
   const float* lora_B;    // [rows, rank], times scaling
+  float relative_scale;   // norm times this is written: 1, or sigma / sqrt(n)
   float* norm;            // [rows]
 };
 
 struct PerturbMergedArgs {
-  PerturbArgs perturb;   // row_scale unused
-  RowNormArgs row_norm;  // norm becomes the row scale
-  float relative_scale;  // sigma / sqrt(n)
+  PerturbArgs perturb;   // row_scale points at row_norm.norm
+  RowNormArgs row_norm;  // relative_scale makes norm the row scale
 };
 
 struct ResidualArgs {

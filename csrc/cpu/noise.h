@@ -118,7 +118,7 @@ FLATKERN_INLINE void spread(const Normals& z, float* values) {
 // Walks columns [begin, end) of one row in steps that start on a group: `whole(j, normals)` for
 // steps that lie inside, `part(j, count, values)` for those that stick out.
 template <Order order, class Whole, class Part>
-FLATKERN_INLINE void for_each_step(const Window& w, int64_t row, int64_t begin, int64_t end,
+FLATKERN_INLINE void for_each_step(const Block& w, int64_t row, int64_t begin, int64_t end,
                                    const Whole& whole, const Part& part) {
   const PhiloxRow r = philox_row(w.key, static_cast<uint32_t>(w.row_offset + row));
   Batch batch;
@@ -148,7 +148,7 @@ FLATKERN_INLINE void for_each_step(const Window& w, int64_t row, int64_t begin, 
 
 // Calls f(row, begin, end) for the columns of each work unit.
 template <class F>
-FLATKERN_INLINE void for_each_block(const Window& w, int64_t unit_begin, int64_t unit_end,
+FLATKERN_INLINE void for_each_block(const Block& w, int64_t unit_begin, int64_t unit_end,
                                     const F& f) {
   const int64_t blocks = blocks_per_row(w.cols);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
@@ -159,7 +159,7 @@ FLATKERN_INLINE void for_each_block(const Window& w, int64_t unit_begin, int64_t
 
 void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
   const KeepDenormals keep;
-  const Window w = args.window;
+  const Block w = args.window;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     float* out = static_cast<float*>(args.out) + row * w.cols;
     for_each_step<Order::kSplit>(
@@ -175,7 +175,7 @@ void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
 }
 
 void philox_bits(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
-  const Window w = args.window;
+  const Block w = args.window;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     int64_t* out = static_cast<int64_t*>(args.out) + row * w.cols;
     const PhiloxRow r = philox_row(w.key, static_cast<uint32_t>(w.row_offset + row));

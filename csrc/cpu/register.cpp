@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "../register.h"
@@ -46,7 +47,7 @@ template <class Args>
 void for_blocks(const std::vector<Args>& tensors, void (*run)(const Args&, int64_t, int64_t)) {
   std::vector<Task> tasks;
   for (const Args& args : tensors) {
-    const Window& w = args.window;
+    const Block& w = args.window;
     tasks.push_back({w.rows * blocks_per_row(w.cols), std::min(w.cols, kBlockCols)});
   }
   parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(tensors[i], begin, end); });
@@ -58,6 +59,10 @@ struct Counts {
   std::atomic<uint32_t> left_out{0};
 };
 
+ResidualParts parts_of(const PerturbArgs& args, const at::Tensor& residual) {
+  return flatkern::parts_of(residual, {args.window.rows, args.window.cols});
+}
+
 // Runs over the chunks of all tensors.
 std::vector<Counts> run_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals,
                                  void (*run)(const ResidualArgs&, int64_t, int64_t)) {
@@ -65,23 +70,38 @@ std::vector<Counts> run_residual(const std::vector<PerturbArgs>& tensors, at::Te
   std::vector<ResidualArgs> all;
   std::vector<Task> tasks;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Chunks chunks{tensors[i].window.rows, tensors[i].window.cols};
-    const ResidualParts parts = parts_of(residuals[i], chunks);
-    all.push_back({tensors[i], chunks, parts.directory, parts.pool, parts.capacity,
-                   &counts[i].asked, &counts[i].left_out});
-    tasks.push_back({chunks.count(), kChunk});
+    const ResidualParts parts = parts_of(tensors[i], residuals[i]);
+    all.push_back({tensors[i],
+                   {tensors[i].window.rows, tensors[i].window.cols},
+                   parts.directory,
+                   parts.pool,
+                   parts.capacity,
+                   &counts[i].asked,
+                   &counts[i].left_out});
+    tasks.push_back({all[i].chunks.count(), kChunk});
   }
   parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(all[i], begin, end); });
   return counts;
 }
 
-ResidualHeader& header_of(const at::Tensor& residual) {
+ResidualHeader& header_in(const at::Tensor& residual) {
   return *static_cast<ResidualHeader*>(residual.mutable_data_ptr());
+}
+
+ResidualHeader header_of(const PerturbArgs& args, const at::Tensor& residual) {
+  static const uint64_t implementation = implementation_of(std::string("cpu ") + FLATKERN_COMPILER +
+                                                           FLATKERN_CXX_FLAGS + kernels().name);
+  uint64_t scales = 0;
+  for (int64_t row = 0; row < args.window.rows; ++row) {
+    scales += mixed_scale(args.row_scale[row], row);
+  }
+  return flatkern::header_of(args, args.window.key, scales, implementation,
+                             parts_of(args, residual).capacity);
 }
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
-  using Window = cpu::Window;
+  using Block = cpu::Block;
   using NoiseArgs = cpu::NoiseArgs;
   using PerturbArgs = cpu::PerturbArgs;
   using RowNormArgs = cpu::RowNormArgs;
@@ -104,35 +124,69 @@ struct Backend {
   static void restore(const at::Tensor&, const std::vector<PerturbArgs>& tensors) {
     for_blocks(tensors, kernels().restore);
   }
+  // Notes a perturbation in all headers; if one refuses the call, in those that do why, and that
+  // is all.
+  template <bool Restores>
+  static bool admits(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
+    std::vector<ResidualHeader> headers;
+    bool admitted = true;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      headers.push_back(header_of(tensors[i], residuals[i]));
+      ResidualHeader& then = header_in(residuals[i]);
+      const uint32_t refused = refusal_of(headers[i], then, Restores);
+      if (refused == 0) continue;
+      admitted = false;
+      // Other bytes are not ours to write.
+      if (refused != kOtherBytes) then.refused = refused;
+    }
+    // A restore counts as done when it is: until then it can be tried again.
+    for (size_t i = 0; admitted && !Restores && i < tensors.size(); ++i) {
+      begin(header_in(residuals[i]), headers[i], Restores);
+    }
+    return admitted;
+  }
   static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     const auto counts = run_residual(tensors, residuals, kernels().perturb_residual);
     for (size_t i = 0; i < counts.size(); ++i) {
-      header_of(residuals[i]).asked = counts[i].asked;
-      header_of(residuals[i]).clean = counts[i].left_out;
+      header_in(residuals[i]).asked = counts[i].asked;
+      header_in(residuals[i]).clean = counts[i].left_out;
     }
   }
   static void restore_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     const auto counts = run_residual(tensors, residuals, kernels().restore_residual);
     for (size_t i = 0; i < counts.size(); ++i) {
-      header_of(residuals[i]).mismatched = counts[i].left_out;
+      ResidualHeader& header = header_in(residuals[i]);
+      header.refused = 0;
+      header.mismatched = counts[i].left_out;
+      header.state = counts[i].left_out == 0 ? kEmpty : kFilled;
     }
   }
-  // float32, B times scaling, A padded with zeros and 16-byte aligned: both are small.
-  static std::pair<at::Tensor, at::Tensor> adapters(const at::Tensor& lora_A,
-                                                    const at::Tensor& lora_B, double scaling) {
-    const int64_t padding = (kNormLanes - lora_A.size(1) % kNormLanes) % kNormLanes;
-    at::Tensor padded = lora_A.to(at::kFloat);
-    if (padding != 0) padded = at::constant_pad_nd(padded, {0, padding});
-    padded = padded.contiguous();
-    // A slice of a larger tensor may start anywhere.
-    if (reinterpret_cast<uintptr_t>(padded.const_data_ptr()) % 16 != 0) padded = padded.clone();
-    return {padded, (lora_B.to(at::kFloat) * scaling).contiguous()};
+  // float32; A padded with zeros and 16-byte aligned; B times scaling, those of all tensors in a
+  // room.
+  struct Adapters {
+    at::Tensor lora_A, room;
+    const float* lora_B = nullptr;
+  };
+  static std::vector<Adapters> adapters(at::TensorList lora_As, at::TensorList lora_Bs,
+                                        at::ArrayRef<double> scalings) {
+    int64_t elements = 0;
+    for (const at::Tensor& lora_B : lora_Bs) elements += lora_B.numel();
+    const at::Tensor room = at::empty({elements}, at::kFloat);
+    float* next = room.mutable_data_ptr<float>();
+    std::vector<Adapters> all;
+    for (size_t i = 0; i < lora_As.size(); ++i) {
+      all.push_back({padded(lora_As[i]), room, next});
+      const at::Tensor wide = lora_Bs[i].to(at::kFloat).contiguous();
+      const float* in = wide.const_data_ptr<float>();
+      const float scaling = static_cast<float>(scalings[i]);
+      for (int64_t k = 0; k < wide.numel(); ++k) *next++ = in[k] * scaling;
+    }
+    return all;
   }
-  static void set_adapters(RowNormArgs& args, const at::Tensor& lora_A, const at::Tensor& lora_B,
-                           double) {
-    args.lora_A = lora_A.const_data_ptr<float>();
-    args.lora_A_stride = lora_A.size(1);
-    args.lora_B = lora_B.const_data_ptr<float>();
+  static void set_adapters(RowNormArgs& args, const Adapters& adapters) {
+    args.lora_A = adapters.lora_A.const_data_ptr<float>();
+    args.lora_A_stride = adapters.lora_A.size(1);
+    args.lora_B = adapters.lora_B;
   }
   static void row_norm(const at::Tensor&, const std::vector<RowNormArgs>& tensors) {
     std::vector<Task> tasks;
@@ -143,11 +197,22 @@ struct Backend {
     });
   }
   static void perturb_merged(const at::Tensor&, const PerturbArgs& perturb,
-                             const RowNormArgs& row_norm, float relative_scale) {
-    const PerturbMergedArgs args{perturb, row_norm, relative_scale};
-    parallel_for({{row_norm.rows, row_norm.cols}}, [&](size_t, int64_t begin, int64_t end) {
-      kernels().perturb_merged(args, begin, end);
-    });
+                             const RowNormArgs& row_norm) {
+    const PerturbMergedArgs args{perturb, row_norm};
+    parallel_for(
+        {{args.row_norm.rows, args.row_norm.cols}},
+        [&](size_t, int64_t begin, int64_t end) { kernels().perturb_merged(args, begin, end); });
+  }
+
+ private:
+  static at::Tensor padded(const at::Tensor& lora_A) {
+    const int64_t padding = (kNormLanes - lora_A.size(1) % kNormLanes) % kNormLanes;
+    at::Tensor padded = lora_A.to(at::kFloat);
+    if (padding != 0) padded = at::constant_pad_nd(padded, {0, padding});
+    padded = padded.contiguous();
+    // A slice of a larger tensor may start anywhere.
+    if (reinterpret_cast<uintptr_t>(padded.const_data_ptr()) % 16 != 0) padded = padded.clone();
+    return padded;
   }
 };
 

@@ -98,7 +98,7 @@ void norm_rows(const RowNormArgs& args, int64_t row) {
     double total = sums[r].total;
     // Outside this range a square may have overflowed or lost its bits.
     if (!(total > 1e-28 && total < 1e37)) total = sum_squares_wide(args, weight[r], lora_B[r]);
-    args.norm[row + r] = static_cast<float>(__builtin_sqrt(total));
+    args.norm[row + r] = static_cast<float>(__builtin_sqrt(total)) * args.relative_scale;
   }
 }
 

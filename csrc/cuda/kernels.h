@@ -4,34 +4,17 @@
 
 #include <vector>
 
-#include "../numeric.h"
+#include "../args.h"
 #include "../residual.h"
 #include "runtime.h"
 #include "table.h"
 
 namespace flatkern::cuda {
 
-// A range of global coordinates: the noise's address space.
-struct Window {
-  const int64_t* key;  // (seed, step, draw, tensor) on the device
-  int64_t rows, cols;
-  uint64_t row_offset, col_offset;
-};
-
-struct NoiseArgs {
-  Window window;
-  void* out;  // float [rows, cols], or int64 for the raw words
-};
-
-struct PerturbArgs {
-  Window window;
-  const void* weight;
-  void* out;  // may be weight itself: no pointer here is restrict
-  Dtype weight_dtype, out_dtype;
-  int64_t weight_stride, out_stride;  // between rows, in elements; columns are adjacent
-  const float* row_scale;
-  bool elementwise;
-};
+// The key is (seed, step, draw, tensor) on the device.
+using Window = Block<const int64_t*>;
+using NoiseArgs = flatkern::NoiseArgs<const int64_t*>;
+using PerturbArgs = flatkern::PerturbArgs<const int64_t*>;
 
 // An adapter as it lies in memory.
 struct Adapter {

@@ -24,21 +24,16 @@ void launch(const at::Tensor& on, void (*launcher)(const Args&, int, cudaStream_
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A hash (FNV-1a) of all that may move a bit of the noise or of the brackets.
-uint64_t implementation_of(const cudaDeviceProp& device) {
-  const std::string parts = std::string("cuda 1 ") + FLATKERN_TORCH_VERSION +
-                            FLATKERN_CUDA_VERSION + FLATKERN_CUDA_ARCHS + FLATKERN_NVCC_FLAGS +
-                            device.name + std::to_string(device.major) + "." +
-                            std::to_string(device.minor);
-  uint64_t hash = 0xCBF29CE484222325u;
-  for (const unsigned char c : parts) hash = (hash ^ c) * 0x100000001B3u;
-  return hash;
+uint64_t implementation_on(const cudaDeviceProp& device) {
+  return implementation_of(std::string("cuda ") + FLATKERN_CUDA_VERSION + FLATKERN_CUDA_ARCHS +
+                           FLATKERN_NVCC_FLAGS + device.name + std::to_string(device.major) + "." +
+                           std::to_string(device.minor));
 }
 
 std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors,
                                          at::TensorList residuals) {
   const uint64_t implementation =
-      implementation_of(*at::cuda::getDeviceProperties(residuals[0].get_device()));
+      implementation_on(*at::cuda::getDeviceProperties(residuals[0].get_device()));
   std::vector<ResidualArgs> all;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const PerturbArgs& perturb = tensors[i];
@@ -52,7 +47,7 @@ std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
-  using Window = cuda::Window;
+  using Block = cuda::Window;
   using NoiseArgs = cuda::NoiseArgs;
   using PerturbArgs = cuda::PerturbArgs;
   using RowNormArgs = cuda::RowNormArgs;
@@ -72,6 +67,11 @@ struct Backend {
   static void restore(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
     launch(out, launch_restore, tensors);
   }
+  // The kernels compare each header themselves, and keep to its tensor what they refuse.
+  template <bool>
+  static bool admits(const std::vector<PerturbArgs>&, at::TensorList) {
+    return true;
+  }
   static void perturb_residual(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     launch(residuals[0], launch_perturb_residual, with_residuals(tensors, residuals));
   }
@@ -79,41 +79,41 @@ struct Backend {
     launch(residuals[0], launch_restore_residual, with_residuals(tensors, residuals));
   }
   // As they lie in memory, of any of the three dtypes.
-  static std::pair<at::Tensor, at::Tensor> adapters(const at::Tensor& lora_A,
-                                                    const at::Tensor& lora_B, double) {
+  struct Adapters {
+    at::Tensor lora_A, lora_B;
+    double scaling;
+  };
+  static std::vector<Adapters> adapters(at::TensorList lora_As, at::TensorList lora_Bs,
+                                        at::ArrayRef<double> scalings) {
     const auto own = [](const at::Tensor& lora) {
       return lora.scalar_type() == at::kDouble ? lora.to(at::kFloat) : lora;
     };
-    return {own(lora_A), own(lora_B)};
+    std::vector<Adapters> all;
+    for (size_t i = 0; i < lora_As.size(); ++i) {
+      all.push_back({own(lora_As[i]), own(lora_Bs[i]), scalings[i]});
+    }
+    return all;
   }
-  static void set_adapters(RowNormArgs& args, const at::Tensor& lora_A, const at::Tensor& lora_B,
-                           double scaling) {
+  static void set_adapters(RowNormArgs& args, const Adapters& adapters) {
     const auto own = [](const at::Tensor& lora) {
       return Adapter{lora.const_data_ptr(), Ops<Backend>::dtype_of(lora), lora.stride(0),
                      lora.stride(1)};
     };
-    args.lora_A = own(lora_A);
-    args.lora_B = own(lora_B);
-    args.scaling = static_cast<float>(scaling);
+    args.lora_A = own(adapters.lora_A);
+    args.lora_B = own(adapters.lora_B);
+    args.scaling = static_cast<float>(adapters.scaling);
   }
-  static void row_norm(const at::Tensor& norm, std::vector<RowNormArgs> tensors) {
-    for (RowNormArgs& args : tensors) args.relative_scale = 1.0f;
-    scaled_row_norm(norm, tensors);
-  }
-  static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb_args,
-                             RowNormArgs args, float relative_scale) {
-    args.relative_scale = relative_scale;
-    scaled_row_norm(row_scale, {args});
-    perturb(row_scale, {perturb_args});
-  }
-
- private:
-  static void scaled_row_norm(const at::Tensor& norm, const std::vector<RowNormArgs>& tensors) {
+  static void row_norm(const at::Tensor& norm, const std::vector<RowNormArgs>& tensors) {
     const c10::cuda::CUDAGuard guard(norm.device());
     const at::Tensor scratch =
         at::empty({row_norm_scratch(tensors)}, norm.options().dtype(at::kByte));
     launch_row_norm(tensors, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  static void perturb_merged(const at::Tensor& row_scale, const PerturbArgs& perturb_args,
+                             const RowNormArgs& args) {
+    row_norm(row_scale, {args});
+    perturb(row_scale, {perturb_args});
   }
 };
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from flatkern.integrations import quantized
+from flatkern.nn import shards
 from flatkern.nn.factors import adalora_factors, wide
 from flatkern.nn.sites import ATTRIBUTE, CLOSE_FIRST, noisy_product
-from flatkern.noise import shards
 from flatkern.ops import _check
 
 # Where PEFT has its layers over those of bitsandbytes, all of them linear.
@@ -153,6 +153,10 @@ class PeftSite(Bystander):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the active adapters, one below (beside) the other."""
         return self._scaled_factors()[:2]
+
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of the active adapters, as they are."""
+        return self._scaled_factors()
 
     def row_factor(self) -> Tensor | float:
         """d of W' = diag(d) (W + s B A): DoRA's mu / ||V|| of the open window, else 1."""

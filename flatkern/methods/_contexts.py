@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from flatkern.noise.shards import part_of
+from flatkern.nn.shards import part_of
 
 # Batch and instance norms: whatever has statistics that a forward in training mode updates.
 _TRACKING = (nn.modules.batchnorm._NormBase,)
@@ -60,15 +60,3 @@ def still_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.track_running_stats = True
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module has the mode that it had."""
-    modules = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in modules:
-            module.training = True

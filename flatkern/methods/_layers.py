@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from flatkern.methods._ranks import Ranks, dense
 from flatkern.methods.base import Method
+from flatkern.nn import shards
 from flatkern.nn.names import named_modules
 from flatkern.nn.sites import site_of
-from flatkern.noise import shards
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatkern.noise import shards
+from flatkern.nn import shards
 
 
 class Ranks:

@@ -10,9 +10,9 @@ from flatkern.methods import _rounding
 from flatkern.methods._ascent import wide_norm
 from flatkern.methods._layers import Pair, lora_layers
 from flatkern.methods.base import Method
+from flatkern.nn.shards import part_of
 from flatkern.noise import NoiseKey
 from flatkern.noise.schedules import Schedule, constant, factor_at
-from flatkern.noise.shards import part_of
 from flatkern.ops import _check
 
 VARIANTS = ("nBAR", "oBAR")

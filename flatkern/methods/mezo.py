@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from flatkern import ops
 from flatkern.methods import _rounding
-from flatkern.methods._contexts import evaluating, kept
+from flatkern.methods._contexts import kept
 from flatkern.methods.base import LossFn, Method
+from flatkern.nn.calibration import evaluating
 from flatkern.noise import NoiseKey
 from flatkern.noise.numbers import tensor_numbers
 from flatkern.ops import _check

@@ -28,6 +28,7 @@ from flatkern.nn.saved import (
     unwrapped,
     written,
 )
+from flatkern.nn.shards import is_sharded, whole
 from flatkern.ops import _check
 
 CONFIG_FILE = "adapter_config.json"
@@ -101,7 +102,7 @@ def save_adapter(
     config["modules_to_save"] = list(saved) or None
     tensors = {f"{name}.{_PARTS[key]}": v for name in layers for key, v in parts[name].items()}
     for name, module in saved.items():
-        tensors |= {f"{name}.{key}": _gathered(v) for key, v in state_of(module).items()}
+        tensors |= {f"{name}.{key}": whole(v) for key, v in state_of(module).items()}
     # Copied, because safetensors refuses the shared storage of a layer used twice.
     tensors = {f"{PREFIX}{key}": v.detach().cpu().clone() for key, v in tensors.items()}
     if lost:
@@ -111,7 +112,7 @@ def save_adapter(
             + "; a module without adapters is saved whole if modules_to_save names it",
             stacklevel=2,
         )
-    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() > 0:
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() > 0:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,21 +120,12 @@ def save_adapter(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
 @torch.no_grad()
 def _parts(layer: LoRALinear) -> dict[str, Tensor]:
     """The layer's adapter relative to the original weight: W' = W + s B A, or DoRA's of that V."""
     # Not the attributes: the state is clean in any window.
     saved = (*layer.adapters(), "offset_A", "offset_B")
-    state = {name: _gathered(value) for name, value in layer.state_dict().items() if name in saved}
+    state = {name: whole(value) for name, value in layer.state_dict().items() if name in saved}
     parts = {part: state[part] for part in _PARTS if part in state}
     if isinstance(layer, NoRALinear):
         own = {name: state[name] for name in layer.adapters()}

@@ -224,14 +224,22 @@ class LoRALinear(nn.Module):
         """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
         return self.lora_A, self.lora_B
 
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of W + s B A, as they are: for what needs no gradient."""
+        # Not through Module.__getattr__, where that is possible: a window asks every layer.
+        own = self._parameters
+        plain = type(self).factors is LoRALinear.factors and "lora_A" in own and "lora_B" in own
+        lora_A, lora_B = (own["lora_A"], own["lora_B"]) if plain else self.factors()
+        return lora_A, lora_B, self.scaling
+
     def row_factor(self) -> Tensor | float:
         """d of W' = diag(d) (W + s B A): the gradient of W is d times that of W'."""
         return 1.0
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but weight and bias."""
-        own = dict(self.named_parameters(recurse=False))
-        return {name: value for name, value in own.items() if name not in ("weight", "bias")}
+        own, base = self._parameters.items(), ("weight", "bias")
+        return {name: value for name, value in own if value is not None and name not in base}
 
     @torch.no_grad()
     def offset_weight(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -283,7 +291,8 @@ class LoRALinear(nn.Module):
 
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""
-        self._window = window
+        # Not through Module.__setattr__: a window sets it on every layer.
+        self.__dict__["_window"] = window
 
     @property
     def takes_shards(self) -> bool:
@@ -294,7 +303,7 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether `weight` holds W + s B A at the moment."""
-        return self._clean_weight is not None
+        return self._buffers["_clean_weight"] is not None
 
     def merged_weight(self) -> Tensor:
         """W + s B A of the clean W, in the weight's dtype, rounded once; a new tensor."""

@@ -60,6 +60,9 @@ class Site(Protocol):
     def adapters(self) -> dict[str, nn.Parameter]:
         """The parameters that are the adapter's, not the base model's, by name."""
 
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of W', as they are: for what needs no gradient."""
+
     def enter_window(self, window: Any) -> None:
         """Belong to the window that is being opened; the weight is clean at this time."""
 

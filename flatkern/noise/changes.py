@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from flatkern.noise import shards
+from flatkern import _backend
+from flatkern.nn import shards
 from flatkern.noise.scopes import why_no_elements
 from flatkern.noise.targets import Target
 from flatkern.noise.whole import require_whole
@@ -16,6 +17,7 @@ class Seen:
         """Note where the weights are; in scope "trainable" also what is trained."""
         self._model = model
         self._owners = [target.owners for target in targets]
+        self._ties = [owners for owners in self._owners if len(owners) > 1]
         parents: dict[int, list[tuple[nn.Module, str]]] = {}
         flags = []
         for module in model.modules():
@@ -37,12 +39,12 @@ class Seen:
                     todo.append(parent)
         self._links = list(links.values())
 
-    def still(self) -> bool:
-        """Whether modules, ties and what is trained are what they were."""
+    def still(self, weights_too: bool) -> bool:
+        """Whether modules, ties and what is trained are what they were, and `weights_too`."""
         for parent, name, child in self._links:
             if parent._modules.get(name) is not child:
                 return False
-        for owners in self._owners:
+        for owners in self._owners if weights_too else self._ties:
             weights = [module._parameters.get(name) for module, name in owners]
             if weights[0] is None or any(weight is not weights[0] for weight in weights):
                 return False
@@ -51,6 +53,34 @@ class Seen:
             if weight is None or weight.requires_grad != flag:
                 return False
         return True
+
+
+class Places:
+    """Where the weights lie, to be compared whenever a window opens: what was checked still holds.
+
+    Of weights that are no plain parameters, such as shards, nothing is known beforehand.
+    """
+
+    def __init__(self, targets: list[Target]) -> None:
+        """Nothing is noted yet."""
+        owners = [target.owners[0] for target in targets]
+        self._parameters = [(module._parameters, name) for module, name in owners]
+        self._noted: list | None = None
+
+    def note(self) -> None:
+        """The weights were checked as they are now."""
+        self._noted = self._look()
+
+    def still(self) -> bool:
+        """Whether no weight was replaced, moved or cast since, and the backend is the same."""
+        return self._noted is not None and self._noted == self._look()
+
+    def _look(self) -> list | None:
+        weights = [parameters.get(name) for parameters, name in self._parameters]
+        if any(type(weight) is not nn.Parameter for weight in weights):
+            return None
+        addresses = [weight.data_ptr() for weight in weights]
+        return [_backend.named(), *map(id, weights), *addresses, *(w.dtype for w in weights)]
 
 
 def check_weights(op: str, targets: list[Target]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 
 class Guard:
@@ -14,24 +15,43 @@ class Guard:
     would see or overwrite is the noisy weight.
     """
 
-    def __init__(self, target: Any, parameter: str) -> None:
-        """Guard `parameter` of the module that the hooks are put on, for a `Target`."""
+    # What torch asks of a state_dict hook that returns nothing.
+    _from_public_api = True
+
+    def __init__(self, target: Any, module: nn.Module, parameter: str) -> None:
+        """Guard `parameter` of `module`, for a `Target`; nothing is put on it yet."""
         self._target = target
         self._parameter = parameter
+        self._attributes = module.__dict__
+        self._saving, self._loading = module._state_dict_hooks, module._load_state_dict_pre_hooks
+        self._handles = RemovableHandle(self._saving), RemovableHandle(self._loading)
+
+    def put(self, survives_casts: bool) -> None:
+        """Guard from here on. Under handles made once, which costs less than registering."""
+        saving, loading = self._handles
+        self._saving[saving.id] = self
+        self._loading[loading.id] = self._refuse_load
+        if not survives_casts:
+            self._attributes["_apply"] = self._refuse_cast
+
+    def remove(self) -> None:
+        """Leave the module as it was; harmless where it is."""
+        self._attributes.pop("_apply", None)
+        for handle in self._handles:
+            handle.remove()
 
     def __call__(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
     ) -> None:
-        """After `state_dict`: the clean bits in place of the noisy ones."""
+        """Clean bits in the state_dict."""
         key = prefix + self._parameter
         if self._target.perturbed and key in state_dict:
             state_dict[key] = self._target.clean_weight()
 
-    def refuse_load(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Before `load_state_dict`."""
+    def _refuse_load(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._require_clean("load_state_dict", f"{prefix}{self._parameter}")
 
-    def refuse_cast(self, *args: Any, **options: Any) -> None:
+    def _refuse_cast(self, *args: Any, **options: Any) -> None:
         """In place of the module's `_apply`, where the clean bits follow from the noisy ones."""
         hint = 'restore="snapshot" allows it; '
         self._require_clean("casting or moving a module", self._target.name, hint)

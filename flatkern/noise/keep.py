@@ -1,5 +1,6 @@
 """How the clean bits of a weight are kept while noise is written in it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from flatkern import ops
 from flatkern.noise.rows import Rows
-from flatkern.ops._residual import FILLED, Header, in_kernels, raise_for, read_all
+from flatkern.ops._residual import EMPTY, FILLED, Header, all_done, header_of, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
-# Times the pool that a window was measured to need.
+# Times the pool that a window was measured to need, and what chance may add to a small one.
 _SPARE = 1.1
 # Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
 _PANEL = 2**20
@@ -202,6 +203,15 @@ class Residual:
         """Nothing is allocated before the first window."""
         self._residual: Tensor | None = None
         self._like: tuple | None = None
+        self._prepared: Kept | None = None
+        # The residual and a view of its header.
+        self._viewed: tuple[Tensor | None, Tensor | None] = None, None
+
+    def header(self) -> Tensor:
+        """A view of the residual's first bytes, made once."""
+        if self._viewed[0] is not self._residual:
+            self._viewed = self._residual, header_of(self._residual)
+        return self._viewed[1]
 
     @staticmethod
     def prepare(kept: list[Kept]) -> None:
@@ -211,8 +221,11 @@ class Residual:
 
     def _prepare(self, one: Kept) -> None:
         weight, capturing = one.weight, _is_capturing(one.weight)
+        if one is self._prepared and not capturing:
+            return
         like = (weight.shape, weight.dtype, weight.device)
         if self._like in ((*like, capturing), (*like, True)):
+            self._prepared = one
             return
         with torch.inference_mode(False):
             # A CUDA graph that is being captured cannot count or grow: it takes the worst case.
@@ -221,7 +234,7 @@ class Residual:
                 counter = ops.new_residual(weight, 0)
                 options = {"residual": counter, **_single(one)}
                 ops.perturb_(weight, one.largest_scale(), one.key, **options)
-                pool_bytes = int(pool_need(counter)[0] * _SPARE)
+                pool_bytes = _room_for(pool_need(counter)[0] // 4)
             self._residual = ops.new_residual(weight, pool_bytes)
         self._like = (*like, capturing)
 
@@ -229,6 +242,8 @@ class Residual:
     def perturb(kept: list[Kept]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
         ops.foreach_perturb_(*_operands(kept), **_options(kept), residuals=_residuals(kept))
+        if _all_done(kept, FILLED):
+            return
         again, storages = [], set()
         for one, header in zip(kept, _headers(kept), strict=True):
             storage = one.weight.untyped_storage().data_ptr()
@@ -246,7 +261,7 @@ class Residual:
         for one, header in again:
             if header is not None and header.clean:
                 with torch.inference_mode(False):
-                    pool_bytes = int(4 * header.asked * _SPARE)
+                    pool_bytes = _room_for(header.asked)
                     one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
         ops.foreach_perturb_(*_operands(redone), **_options(redone), residuals=_residuals(redone))
         for header in _headers(redone):
@@ -266,16 +281,19 @@ class Residual:
     def restore(kept: list[Kept]) -> None:
         """Decode in place."""
         filled = kept[::-1]
-        # CUDA kernels see by themselves that nothing is left to do, and leave in the header what
-        # they refuse.
-        by_kernels = in_kernels(kept[0].weight)
-        if not by_kernels:
+        for _ in range(2):
+            ops.foreach_restore_(
+                *_operands(filled), **_options(filled), residuals=_residuals(filled)
+            )
+            if _all_done(filled, EMPTY):
+                return
+            # Interrupted before, some are restored or were never perturbed. Where the kernels do
+            # not skip these by themselves, they have refused the others with them.
             pairs = zip(filled, _headers(filled), strict=True)
-            filled = [one for one, header in pairs if header is None or header.state == FILLED]
-        ops.foreach_restore_(*_operands(filled), **_options(filled), residuals=_residuals(filled))
-        for header in _headers(filled) if by_kernels else ():
-            if header is not None and header.state == FILLED:
-                raise_for("restore_", header)
+            left = [(one, header) for one, header in pairs if header and header.state == FILLED]
+            filled = [one for one, _ in left]
+        for _, header in left:
+            raise_for("restore_", header)
 
     def clean(self, one: Kept) -> Tensor:
         """Decode a copy."""
@@ -289,6 +307,14 @@ class Residual:
         return 0 if self._residual is None else self._residual.nbytes
 
 
+def _room_for(words: int) -> int:
+    """Bytes of a pool for windows like one that asked for so many words.
+
+    What another key asks for differs by chance, by about 0.4 times the square root.
+    """
+    return int(4 * _SPARE * (words + 4 * math.sqrt(words)))
+
+
 def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Weights, row scales and keys."""
     return [one.weight for one in kept], [one.row_scale for one in kept], [one.key for one in kept]
@@ -296,9 +322,10 @@ def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor
 
 def _options(kept: list[Kept]) -> dict[str, Any]:
     return {
-        "elementwise": any(one.elementwise for one in kept),
+        "elementwise": kept[0].elementwise if kept else False,
         "row_offsets": [one.row_offset for one in kept],
         "col_offsets": [one.col_offset for one in kept],
+        "checked": True,
     }
 
 
@@ -321,6 +348,15 @@ def _headers(kept: list[Kept]) -> list[Header | None]:
         for i, header in zip(here, found, strict=True):
             headers[i] = header
     return headers
+
+
+def _all_done(kept: list[Kept], state: int) -> bool:
+    """Whether every residual says that all of its weight is done, with one copy to the host.
+
+    One whose kernels a CUDA graph only records says nothing.
+    """
+    headers = [one.keeper.header() for one in kept if not _is_capturing(one.weight)]
+    return all_done(headers, state)
 
 
 def _is_capturing(weight: Tensor) -> bool:

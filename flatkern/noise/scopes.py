@@ -5,9 +5,9 @@ import warnings
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from flatkern.nn import shards
 from flatkern.nn.names import named_modules, named_parameters
 from flatkern.nn.sites import Site, site_of
-from flatkern.noise import shards
 from flatkern.noise.numbers import ADAPTERS, tensor_numbers
 from flatkern.noise.rows import rows_of
 from flatkern.noise.targets import Target

@@ -1,10 +1,11 @@
 """Scale strategies: from weights to the standard deviations of the noise of each row.
 
-Each takes lists (weights [m, n], lora_As [r, n], lora_Bs [m, r], scalings s; the adapters None
-where there are none) and sigma, and returns c of every weight, float32 [m], on its device: few
-launches for a whole model. W' is the merged weight W + s B A. Weights of other dimensions are seen
-as dim0 x rest: each element of a vector is a row. Where weights are sharded, c is of the whole
-weight, the same on every rank.
+Each takes lists (out, float32 [m] for each weight; weights [m, n], lora_As [r, n], lora_Bs [m, r],
+scalings s; the adapters None where there are none) and sigma, and writes c of every weight: few
+launches for a whole model, and nothing allocated per weight. W' is the merged weight W + s B A.
+Weights of other dimensions are seen as dim0 x rest: each element of a vector is a row. Where
+weights are sharded, c is of the whole weight, the same on every rank. All weights of a call are on
+one device and backend.
 """
 
 import math
@@ -13,50 +14,73 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatkern.noise.shards import row_norms
+from flatkern.nn.shards import row_norms_
 
 Adapters = list[Tensor] | None
-Strategy = Callable[[list[Tensor], Adapters, Adapters, list[float], float], list[Tensor]]
+Strategy = Callable[[list[Tensor], list[Tensor], Adapters, Adapters, list[float], float], None]
 
 
 def gaussian(
-    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
-) -> list[Tensor]:
+    out: list[Tensor],
+    weights: list[Tensor],
+    lora_As: Adapters,
+    lora_Bs: Adapters,
+    scalings: list[float],
+    sigma: float,
+) -> None:
     """c_i = sigma: the same standard deviation everywhere. Source: RWP (Li et al., 2022)."""
-    return [torch.full((w.shape[0],), sigma, dtype=torch.float32, device=w.device) for w in weights]
+    torch._foreach_zero_(out)
+    torch._foreach_add_(out, sigma)
 
 
 def matrix(
-    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
-) -> list[Tensor]:
+    out: list[Tensor],
+    weights: list[Tensor],
+    lora_As: Adapters,
+    lora_Bs: Adapters,
+    scalings: list[float],
+    sigma: float,
+) -> None:
     """c_i = sigma ||W'||, Frobenius."""
-    norms = row_norms(weights, lora_As, lora_Bs, scalings)
-    return [(norm.norm() * sigma).repeat(norm.shape[0]) for norm in norms]
+    row_norms_(out, weights, lora_As, lora_Bs, scalings, [1.0] * len(out))
+    for norms in out:
+        norms.fill_(norms.norm() * sigma)
 
 
 def row(
-    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
-) -> list[Tensor]:
+    out: list[Tensor],
+    weights: list[Tensor],
+    lora_As: Adapters,
+    lora_Bs: Adapters,
+    scalings: list[float],
+    sigma: float,
+) -> None:
     """c_i = sigma ||W'_i||; of a vector, sigma times the norm of all of it.
 
     Source: LPF-SGD's code (Bisla et al., 2022).
     """
-    norms = row_norms(weights, lora_As, lora_Bs, scalings)
-    for index, weight in enumerate(weights):
-        if weight.dim() < 2:
-            norms[index] = norms[index].norm().repeat(norms[index].shape[0])
-    return torch._foreach_mul(norms, sigma)
+    vectors = [weight.dim() < 2 for weight in weights]
+    factors = [1.0 if is_vector else sigma for is_vector in vectors]
+    row_norms_(out, weights, lora_As, lora_Bs, scalings, factors)
+    for norms, is_vector in zip(out, vectors, strict=True):
+        if is_vector:
+            norms.fill_(norms.norm() * sigma)
 
 
 def flat_lora(
-    weights: list[Tensor], lora_As: Adapters, lora_Bs: Adapters, scalings: list[float], sigma: float
-) -> list[Tensor]:
+    out: list[Tensor],
+    weights: list[Tensor],
+    lora_As: Adapters,
+    lora_Bs: Adapters,
+    scalings: list[float],
+    sigma: float,
+) -> None:
     """c_i = sigma / sqrt(n) ||W'_i||: a row's noise is about sigma times as long as the row.
 
     The same bits as `perturb_merged_`. Source: Flat-LoRA (Li et al., 2024), equation 7.
     """
     factors = [sigma / math.sqrt(max(weight.shape[1:].numel(), 1)) for weight in weights]
-    return torch._foreach_mul(row_norms(weights, lora_As, lora_Bs, scalings), factors)
+    row_norms_(out, weights, lora_As, lora_Bs, scalings, factors)
 
 
 # "element" multiplies its c by |W_ij| of the weight that is written; "fisher" divides its c by

@@ -1,6 +1,6 @@
 """The weights of a model that take noise, and what happens to each of them in a window."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flatkern import _backend
+from flatkern.nn import shards
 from flatkern.nn.sites import Quantized, Site
-from flatkern.noise import shards
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.guards import Guard, late_backward_guard
 from flatkern.noise.keep import Keeper, Kept, keeper_of
 from flatkern.noise.rows import Rows
-from flatkern.noise.strategies import STRATEGIES
-from flatkern.ops._library import bump_version, bump_versions
+from flatkern.noise.scales import Scales, grouped
+from flatkern.ops import _check
+from flatkern.ops._library import as_matrix, bump_versions
 
+_OP = "WeightNoise"
 # As residuals say it.
 WRITTEN = "weight is not what perturb_ left"
 
@@ -36,7 +38,7 @@ class Target:
         rows: which elements share a scale.
         row_scale: c of the whole weight, float32 [m], at a fixed address.
         key: int64 [4], a row of its device's key table.
-        backend: the implementation that serves the open window.
+        backend: the implementation that serves its windows.
         sharded_linear: what layers call in place of the op, while the weight is sharded.
         noisy: whether `layers` add the noise in their forward.
         perturbed: whether the noise is written in the weight; `keeper` has the clean bits.
@@ -68,7 +70,10 @@ class Target:
     restore: str | None = None
     largest: float = 0.0
     fisher: Fisher | None = None
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
+    watches: list[RemovableHandle] = field(default_factory=list)
+    # What was found of the weight when it was last looked at; see `serve`.
+    _found: "_Found | None" = None
 
     @property
     def weight(self) -> Tensor:
@@ -126,29 +131,79 @@ class Target:
         with _backend.backend(self.backend):
             return shards.like(self.keeper.clean(self.kept()), getattr(*self.owners[0]))
 
-    def enter(self, backend: str) -> None:
-        """Belong to the window that is being opened."""
+    def serve(self, backend: str) -> None:
+        """Note the weight as it is now: for the windows until it is replaced, moved or cast."""
         self.backend = backend
+        weight = self.weight
+        self.sharded_linear = shards.noisy_linear if shards.is_sharded(weight) else None
+        self._found = None
+        if self.quantized is not None:
+            return
+        local = self.part.local
+        _check.weight(_OP, local, self.name)
+        if self.sharded_linear is None:
+            held = self.owners[0][0]._parameters.get(self.owners[0][1])
+            by_row = self.rows.by_row(weight) if not self.rows.columns else None
+            self._found = _Found(held, local.data_ptr(), local.dtype, by_row)
+        self.choose_keeper()
+        if not self.guards:
+            self.guards = [Guard(self, *owner) for owner in self.owners]
+
+    def choose_keeper(self) -> None:
+        """Take the one there is, if it serves the weight."""
+        with _backend.backend(self.backend):
+            self.keeper = keeper_of(self.restore, self.part.local, self.rows, self.keeper)
+
+    def _is_found(self) -> bool:
+        """Whether the weight is what `serve` noted."""
+        found, (module, name) = self._found, self.owners[0]
+        if found is None:
+            return False
+        held = module._parameters.get(name)
+        return held is found.held and held.data_ptr() == found.address and held.dtype == found.dtype
+
+    def enter(self, largest: float) -> None:
+        """Belong to the window that is being opened; later ones have a sigma up to `largest`."""
+        self.largest = largest
         self.written = self.called = False
-        self.sharded_linear = shards.noisy_linear if shards.is_sharded(self.weight) else None
         for layer in self.layers:
             layer.enter_window(self)
 
     def leave(self) -> None:
-        """Belong to no window; from here on a backward through this one raises."""
+        """Clean weights, and no window."""
         hide([self])
-        if self.key is not None:
-            bump_version(self.key)
+        self.exit()
+
+    def exit(self) -> None:
+        """Belong to no window."""
         for layer in self.layers:
             if layer._window is self:
-                layer._window = None
+                # Not through Module.__setattr__, as in enter_window.
+                vars(layer)["_window"] = None
+
+    @property
+    def by_row(self) -> Tensor | None:
+        """What the scale is taken of, [rows, their length], where that is a view of the weight."""
+        return self._found.by_row if self._is_found() else None
+
+    def make_by_row(self) -> Tensor:
+        """`by_row` of the weight as it is now."""
+        return self.rows.by_row(self.elements())
 
     def kept(self) -> Kept:
         """What the keeper takes: of a sharded weight this rank's part."""
+        if not self._is_found():
+            return self._make_kept()
+        found = self._found
+        if found.kept is None or found.kept.keeper is not self.keeper:
+            found.kept = self._make_kept()
+        return found.kept
+
+    def _make_kept(self) -> Kept:
         part = self.part
         return Kept(
             self.keeper,
-            part.local,
+            as_matrix(part.local),
             self.row_scale if self.rows.columns else part.rows_of(self.row_scale),
             self.key,
             self._largest_scale,
@@ -159,43 +214,39 @@ class Target:
         )
 
     def _largest_scale(self) -> Tensor:
-        return self.part.rows_of(_row_scales([self], self.largest)[0])
+        scale = torch.empty_like(self.row_scale)
+        Scales([self], [scale]).write(self.largest)
+        return self.part.rows_of(scale)
 
     def guard(self) -> None:
         """From here on noise may be written in the weight: an error may leave it half written."""
         self.perturbed = True
-        sharded = shards.is_sharded(self.weight)
-        watch = late_backward_guard(self.name, self.key) if sharded else None
-        for module, name in self.owners:
-            if watch is not None:
-                self.hooks.append(module.register_forward_hook(watch))
-            guard = Guard(self, name)
-            self.hooks.append(module.register_state_dict_post_hook(guard))
-            self.hooks.append(module.register_load_state_dict_pre_hook(guard.refuse_load))
-            if not self.keeper.survives_casts:
-                module._apply = guard.refuse_cast
-
-    def release(self) -> None:
-        """The clean bits are back in the weight."""
-        # A layer whose input needs no gradient saves no weight but adapters: without this, a late
-        # backward would go through unnoticed.
-        bump_versions([t for layer in self.layers for t in layer.adapters().values()])
-        for module, _ in self.owners:
-            module.__dict__.pop("_apply", None)
-        while self.hooks:
-            # In this order: Ctrl-C in between loses no handle, and removing twice is harmless.
-            self.hooks[-1].remove()
-            self.hooks.pop()
-        self.perturbed = self.written = False
+        for guard in self.guards:
+            guard.put(self.keeper.survives_casts)
+        if self.sharded_linear is not None:
+            watch = late_backward_guard(self.name, self.key)
+            self.watches += [m.register_forward_hook(watch) for m, _ in self.owners]
 
     def abandon(self) -> None:
         """Keep what stands in the weight in place of the clean bits."""
         self.keeper = None
-        self.release()
+        release([self])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own operands at its first window: rows of a table do not survive."""
-        return self.__dict__ | {"row_scale": None, "key": None, "keeper": None}
+        own = {"row_scale": None, "key": None, "keeper": None, "_found": None, "guards": []}
+        return self.__dict__ | own
+
+
+@dataclass
+class _Found:
+    """A weight that is neither sharded nor quantised; `by_row` and `kept` view its memory."""
+
+    held: nn.Parameter
+    address: int
+    dtype: torch.dtype
+    by_row: Tensor | None
+    kept: Kept | None = None
 
 
 def allocate(targets: list[Target]) -> list[Tensor]:
@@ -217,60 +268,26 @@ def allocate(targets: list[Target]) -> list[Tensor]:
     return tables
 
 
-def scale(targets: list[Target], sigma: float, largest: float) -> None:
-    """Fill the row scales from the clean weights; later windows have a sigma up to `largest`."""
-    torch._foreach_copy_([target.row_scale for target in targets], _row_scales(targets, sigma))
-    for target in targets:
-        target.largest = largest
-
-
-def _row_scales(targets: list[Target], sigma: float) -> list[Tensor]:
-    scales: dict[Target, Tensor] = {}
-    for (strategy, merged, _), group in _grouped(targets, _scaled_alike):
-        # Detached here, not under no_grad: Ctrl-C at the end of a with block would leave it on.
-        layers = [target.layers[0] for target in group] if merged else []
-        factors = [[factor.detach() for factor in layer.factors()] for layer in layers]
-        found = STRATEGIES[strategy](
-            [target.rows.by_row(target.elements()) for target in group],
-            [lora_A for lora_A, _ in factors] or None,
-            [lora_B for _, lora_B in factors] or None,
-            [layer.scaling for layer in layers] or [1.0] * len(group),
-            sigma,
-        )
-        scales |= zip(group, found, strict=True)
-    for target in targets:
-        if target.fisher is not None:
-            scales[target] = target.fisher.divide(target.name, scales[target])
-    return [scales[target] for target in targets]
-
-
-def _scaled_alike(target: Target) -> tuple[str, bool, int | None]:
-    """What weights have in common whose scales are found in one call: quantised ones one by one,
-    because their elements take memory.
-    """
-    return target.strategy, target.merged, None if target.quantized is None else target.number
-
-
 def show(targets: list[Target], mode: str) -> None:
     """Let the layers see the noise."""
     for target in targets:
         target.noisy = target.is_virtual(mode)
     clean = [target for target in targets if not (target.noisy or target.perturbed)]
     for target in clean:
-        with _backend.backend(target.backend):
-            before, local = target.keeper, target.part.local
-            target.keeper = keeper_of(target.restore, local, target.rows, before)
-    for (backend, keeper, _), group in _grouped(clean, _kind):
+        if target.keeper is None:
+            target.choose_keeper()
+    groups = _in_groups(clean)
+    for backend, keeper, _, kept in groups:
         with _backend.backend(backend):
-            keeper.prepare([target.kept() for target in group])
+            keeper.prepare(kept)
     for target in clean:
         target.guard()
-    for (backend, keeper, _), group in _grouped(clean, _kind):
+    for backend, keeper, _, kept in groups:
         with _backend.backend(backend):
-            keeper.perturb([target.kept() for target in group])
+            keeper.perturb(kept)
     # Not before all are written: weights may overlap.
-    for (_, keeper, _), group in _grouped(clean, _kind):
-        keeper.seal([target.kept() for target in group])
+    for _, keeper, _, kept in groups:
+        keeper.seal(kept)
 
 
 def hide(targets: list[Target]) -> None:
@@ -282,20 +299,36 @@ def hide(targets: list[Target]) -> None:
     for target in targets:
         target.noisy = False
     perturbed = [target for target in targets if target.perturbed]
-    for (backend, keeper, _), group in _grouped([t for t in perturbed if not t.written], _kind):
+    groups = _in_groups([target for target in perturbed if not target.written])
+    for backend, keeper, group, kept in groups:
         with _backend.backend(backend):
-            found = keeper.written([target.kept() for target in group])
+            found = keeper.written(kept)
         for target, written in zip(group, found, strict=True):
             target.written = written
-    own = [target for target in perturbed if not target.written]
-    for (backend, keeper, _), group in reversed(_grouped(own, _kind)):
+    for backend, keeper, group, kept in reversed(groups):
+        pairs = zip(group, kept, strict=True)
         with _backend.backend(backend):
-            keeper.restore([target.kept() for target in group])
-    for target in own:
-        target.release()
+            keeper.restore([one for target, one in pairs if not target.written])
+    release([target for target in perturbed if not target.written])
     names = list(dict.fromkeys(target.name for target in perturbed if target.written))
     if names:
         raise RuntimeError(written_inside(names))
+
+
+def release(targets: list[Target]) -> None:
+    """The clean bits are back in the weights."""
+    # A layer whose input needs no gradient saves no weight but adapters: without this, a late
+    # backward would go through unnoticed.
+    layers = [layer for target in targets for layer in target.layers]
+    bump_versions([part for layer in layers for part in layer.adapters().values()])
+    for target in targets:
+        for guard in target.guards:
+            guard.remove()
+        while target.watches:
+            # In this order: Ctrl-C in between loses no handle, and removing twice is harmless.
+            target.watches[-1].remove()
+            target.watches.pop()
+        target.perturbed = target.written = False
 
 
 def written_inside(names: list[str]) -> str:
@@ -310,19 +343,14 @@ def written_inside(names: list[str]) -> str:
     )
 
 
-def _kind(target: Target) -> tuple[str, type[Keeper], bool]:
-    """What weights have in common that are written in one call."""
-    return target.backend, type(target.keeper), target.elementwise
-
-
-def _grouped(
-    targets: list[Target], kind: Callable[[Target], Hashable]
-) -> list[tuple[Any, list[Target]]]:
-    """The targets of each kind, in order."""
-    groups: dict[Hashable, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(kind(target), []).append(target)
-    return list(groups.items())
+def _in_groups(targets: list[Target]) -> list[tuple[str, type[Keeper], list[Target], list[Kept]]]:
+    """Weights that are written in one call: of one backend, keeper, form of noise and device."""
+    return [
+        (backend, keeper, group, [target.kept() for target in group])
+        for (backend, keeper, *_), group in grouped(
+            targets, lambda t: (t.backend, type(t.keeper), t.elementwise, t.key.device)
+        )
+    ]
 
 
 def fits(target: Target) -> bool:

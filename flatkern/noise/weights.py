@@ -5,24 +5,25 @@ import contextlib
 from torch import Tensor, nn
 
 from flatkern import _backend
+from flatkern.nn import shards
 from flatkern.nn.names import named_parameters
-from flatkern.noise import shards
 from flatkern.noise.calls import Calls
-from flatkern.noise.changes import Seen, check_shards, check_weights
+from flatkern.noise.changes import Places, Seen, check_shards, check_weights
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.modes import check_mode
 from flatkern.noise.scopes import collect
 from flatkern.noise.targets import (
     WRITTEN,
+    Scales,
     Target,
     allocate,
     fits,
     hide,
-    scale,
     show,
     written_inside,
 )
+from flatkern.ops._library import bump_versions
 
 _OP = "WeightNoise"
 # What each scope needs, and where it comes from.
@@ -75,7 +76,12 @@ class Weights:
         check_mode(_OP, self._mode, targets)
         self.targets, self.skipped = targets, skipped
         self.calls = Calls(self._model, targets)
+        self._sites = [
+            (layer, f"open on {target.name}") for target in targets for layer in target.layers
+        ]
         self._seen = Seen(self._model, targets, self._scope)
+        self._places = Places(targets)
+        self._are_where_they_were = False
         self._tables: list[Tensor] = []
 
     @property
@@ -91,7 +97,11 @@ class Weights:
             RuntimeError: a weight that had noise cannot take it any more, or its layer is merged
                 or in another window.
         """
-        if not self._seen.still():
+        # What FSDP has gathered may be freed at any time, and show other noise than the shards.
+        shards.reshard(self._model)
+        self._are_where_they_were = self._places.still()
+        if not self._seen.still(weights_too=not self._are_where_they_were):
+            self._are_where_they_were = False
             before = self.names
             self._look()
             now = set(self.names)
@@ -105,41 +115,52 @@ class Weights:
                     "layers were replaced, removed or quantised after this object was made; make "
                     "a new WeightNoise (with PEFT: detach, then attach again)"
                 )
-        check_weights(_OP, self.targets)
-        check_shards(_OP, self.targets, self._ranks)
-        for target in self.targets:
-            for layer in target.layers:
-                layer.require_closed(f"open on {target.name}")
-                if layer.merged:
-                    raise RuntimeError(f"{_OP}: {target.name} is merged; call unmerge() first")
+        if not self._are_where_they_were:
+            check_weights(_OP, self.targets)
+            check_shards(_OP, self.targets, self._ranks)
+        for layer, action in self._sites:
+            layer.require_closed(action)
+        self._require_unmerged("is merged; call unmerge() first")
+
+    def _require_unmerged(self, what: str) -> None:
+        if any(layer.merged for layer, _ in self._sites):
+            merged = [t.name for t in self.targets if any(layer.merged for layer in t.layers)]
+            raise RuntimeError(f"{_OP}: {', '.join(merged[:8])} {what}")
 
     def enter(self, key: NoiseKey, sigma_t: float, largest: float) -> None:
         """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
-        if not all(map(fits, self.targets)):
-            self._tables = allocate(self.targets)
+        if not self._are_where_they_were:
+            if not all(map(fits, self.targets)):
+                self._tables = allocate(self.targets)
+            for target in self.targets:
+                target.serve(_backend.resolve(target.weight.device.type, target.dtype))
+            self._scales = Scales(self.targets)
+            self._places.note()
         for table in self._tables:
             for column, word in enumerate((key.seed, key.step, key.draw)):
                 table[:, column] = word
-        scale(self.targets, sigma_t, max(sigma_t, largest))
+        self._scales.write(sigma_t)
+        largest = max(sigma_t, largest)
         for target in self.targets:
-            target.enter(_backend.resolve(target.weight.device.type, target.dtype))
+            target.enter(largest)
         self.calls.begin()
 
     def show(self, mode: str) -> None:
-        """Let the model see the noise.
+        """Let the model see the noise."""
+        shards.reshard(self._model)
+        show(self.targets, mode)
+        self.calls.watch(any(target.noisy for target in self.targets))
+
+    def resume(self, mode: str) -> None:
+        """`show` again after `hide`.
 
         Raises:
             RuntimeError: a layer is merged.
         """
-        shards.reshard(self._model)
-        merged = [t.name for t in self.targets if any(layer.merged for layer in t.layers)]
-        if merged:
-            raise RuntimeError(
-                f"{_OP}: {', '.join(merged[:8])} must be unmerged before paused() ends; the window "
-                "is closed, call unmerge() now"
-            )
-        show(self.targets, mode)
-        self.calls.watch(any(target.noisy for target in self.targets))
+        self._require_unmerged(
+            "must be unmerged before paused() ends; the window is closed, call unmerge() now"
+        )
+        self.show(mode)
 
     def hide(self) -> None:
         """Let the model see the clean weights."""
@@ -156,11 +177,13 @@ class Weights:
         # In a few calls; where one is refused, weight by weight, so that the others are restored.
         with contextlib.suppress(Exception):
             self.hide()
+        # From here on a backward through the window raises.
+        bump_versions(self._tables)
         failed: dict[Target, Exception] = {}
         # Backwards, so that weights which overlap in memory come out right as well.
         for target in reversed(self.targets):
             try:
-                target.leave()
+                target.leave() if target.perturbed else target.exit()
             except Exception as error:  # the other weights must be restored all the same
                 failed[target] = error
         if not failed:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from flatkern.noise import shards
+from flatkern.nn import shards
 
 # What DeepSpeed's ZeRO-3 notes on a parameter that it partitions.
 _ZERO3 = ("ds_id", "ds_shape", "ds_tensor")

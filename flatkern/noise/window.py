@@ -263,7 +263,7 @@ class WeightNoise:
 
     def _resume(self, window: _Open) -> None:
         try:
-            self._weights.show(window.mode)
+            self._weights.resume(window.mode)
             window.paused = False
         except BaseException:
             self._end()

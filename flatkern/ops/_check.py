@@ -90,11 +90,11 @@ def key(op: str, value: Tensor, like: Tensor | None = None) -> None:
         refuse(op, "key", f"on the weight's device {like.device}", value)
 
 
-def row_scale(op: str, value: Tensor, rows: int, like: Tensor) -> None:
+def row_scale(op: str, value: Tensor, rows: int, like: Tensor, argument: str = "row_scale") -> None:
     right = value.dtype == torch.float32 and value.shape == (rows,) and value.device == like.device
     if not right or (rows > 1 and value.stride(0) != 1):
         accepted = f"contiguous float32 [{rows}] on {like.device}"
-        refuse(op, "row_scale", accepted, value)
+        refuse(op, argument, accepted, value)
 
 
 def adapters(

@@ -24,9 +24,9 @@ _AUTOGRAD = {
 }
 
 
-def define(name: str, schema: str, *, native: bool | str = True) -> None:
-    """Define `flatkern::name`, and the schema of its C++ kernels: the same one, its own or none."""
-    schemas = {"flatkern": schema}
+def define(name: str, schema: str, *, native: bool | str = True, public: bool = True) -> None:
+    """Define `flatkern::name` if `public`, and its kernels' schema: the same, their own or none."""
+    schemas = {"flatkern": schema} if public else {}
     if native:
         schemas |= dict.fromkeys(NATIVE_NAMESPACES, schema if native is True else native)
     for namespace, own in schemas.items():

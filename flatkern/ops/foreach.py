@@ -7,14 +7,24 @@ import torch
 from torch import Tensor
 
 from flatkern import _backend
+from flatkern._noise import Noise
 from flatkern.ops import _check, _residual
-from flatkern.ops._library import as_matrix, bump_versions, define, implement, kernel
+from flatkern.ops._library import as_matrix, bump_versions, define, implement
+from flatkern.ops._lists import row_scales_, run_inplace
 from flatkern.ops.perturb import check_values
 
 # Lists of all tensors; empty adapters and residuals stand for none.
 define(
     "foreach_row_norm",
     "(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings) -> Tensor[]",
+    native=False,
+)
+# row_scales[i] = factors[i] ||(W + s B A)_rows||; see ops/_lists.py.
+define(
+    "foreach_row_scale_",
+    "(Tensor(a!)[] row_scales, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "float[] scalings, float[] factors) -> ()",
+    public=False,
 )
 for _op in ("foreach_perturb_", "foreach_restore_"):
     define(
@@ -29,6 +39,10 @@ def foreach_row_norm(
     lora_As: Sequence[Tensor] | None = None,
     lora_Bs: Sequence[Tensor] | None = None,
     scalings: float | Sequence[float] = 1.0,
+    *,
+    factors: Sequence[float] | None = None,
+    out: Sequence[Tensor] | None = None,
+    checked: bool = False,
 ) -> list[Tensor]:
     """`row_norm` of every weight, bit for bit; shapes, dtypes and devices may differ.
 
@@ -36,6 +50,10 @@ def foreach_row_norm(
         weights: see `row_norm`.
         lora_As, lora_Bs: one of each for every weight, or None.
         scalings: one for every weight, or one for all.
+        factors: what each weight's norms are multiplied by, in float32; None: 1.
+        out: float32 [m] for each weight, written and returned; None: new tensors.
+        checked: that such lists passed before, as matrices of one device and backend: then only
+            what guards memory is looked at, in a single call into the kernels.
 
     Returns:
         float32 [m] for each weight.
@@ -44,6 +62,8 @@ def foreach_row_norm(
         TypeError, ValueError: as `row_norm`; or lists of different lengths.
     """
     op = "foreach_row_norm"
+    if checked:
+        return _write_row_norms(weights, lora_As, lora_Bs, scalings, factors, out)
     _check_list(op, Tensor, "weights", weights)
     if (lora_As is None) != (lora_Bs is None):
         missing, given = ("lora_As", "lora_Bs") if lora_As is None else ("lora_Bs", "lora_As")
@@ -57,12 +77,36 @@ def foreach_row_norm(
     if not isinstance(scalings, list | tuple):
         scalings = [scalings] * len(weights)
     _check_list(op, (float, int), "scalings", scalings, len(weights))
-    return torch.ops.flatkern.foreach_row_norm(
+    for name, values, accepted in (("factors", factors, (float, int)), ("out", out, Tensor)):
+        if values is not None:
+            _check_list(op, accepted, name, values, len(weights))
+    norms = torch.ops.flatkern.foreach_row_norm(
         [weight.detach() for weight in weights],
         [lora_A.detach() for lora_A in lora_As],
         [lora_B.detach() for lora_B in lora_Bs],
         scalings,
     )
+    if factors is not None:
+        norms = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
+    if out is None:
+        return norms
+    for i, norm in enumerate(norms):
+        _check.row_scale(f"{op}: tensor {i}", out[i], len(norm), norm, "out")
+    for result, norm in zip(out, norms, strict=True):
+        result.copy_(norm)
+    return list(out)
+
+
+def _write_row_norms(weights, lora_As, lora_Bs, scalings, factors, out):
+    """Lists that were checked."""
+    if out is None:
+        out = [w.new_empty(w.shape[0], dtype=torch.float32) for w in weights]
+    if weights:
+        backend = _backend.resolve(weights[0].device.type, weights[0].dtype)
+        factors = [1.0] * len(weights) if factors is None else factors
+        row_scales_(backend, out, weights, lora_As or (), lora_Bs or (), scalings, factors)
+        bump_versions(out)
+    return out
 
 
 def foreach_perturb_(
@@ -74,6 +118,7 @@ def foreach_perturb_(
     residuals: Sequence[Tensor] | None = None,
     row_offsets: Sequence[int] | None = None,
     col_offsets: Sequence[int] | None = None,
+    checked: bool = False,
 ) -> None:
     """`perturb_` of every weight, bit for bit; shapes, dtypes and devices may differ.
 
@@ -85,13 +130,16 @@ def foreach_perturb_(
         elementwise: for all of them.
         residuals: one for every weight, or None.
         row_offsets, col_offsets: one for every weight; None: 0.
+        checked: that such lists passed before, as matrices of one device and backend: then only
+            what guards memory is looked at, in a single call into the kernels, and what a residual
+            refuses stands in it alone, see `check_residual`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `perturb_`; lists of different lengths; residuals
             that share memory.
     """
     lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
-    _inplace("foreach_perturb_", elementwise, *lists)
+    _inplace("foreach_perturb_", checked, elementwise, *lists)
 
 
 def foreach_restore_(
@@ -103,6 +151,7 @@ def foreach_restore_(
     residuals: Sequence[Tensor] | None = None,
     row_offsets: Sequence[int] | None = None,
     col_offsets: Sequence[int] | None = None,
+    checked: bool = False,
 ) -> None:
     """`restore_` of every weight, bit for bit. Arguments and errors: as `foreach_perturb_`.
 
@@ -110,14 +159,22 @@ def foreach_restore_(
     residuals refuse chunks that changed, all other chunks of all weights are restored.
     """
     lists = weights, row_scales, keys, residuals, row_offsets, col_offsets
-    _inplace("foreach_restore_", elementwise, *lists)
+    _inplace("foreach_restore_", checked, elementwise, *lists)
 
 
-def _inplace(op, elementwise, weights, row_scales, keys, residuals, row_offsets, col_offsets):
-    _check_list(op, Tensor, "weights", weights)
-    count = len(weights)
+def _inplace(
+    op, checked, elementwise, weights, row_scales, keys, residuals, row_offsets, col_offsets
+):
+    count = len(weights) if checked else _count(op, weights)
     row_offsets = [0] * count if row_offsets is None else row_offsets
     col_offsets = [0] * count if col_offsets is None else col_offsets
+    if checked:
+        if weights:
+            backend = _backend.resolve(weights[0].device.type, weights[0].dtype)
+            lists = weights, row_scales, keys, residuals or (), row_offsets, col_offsets
+            run_inplace(op.removeprefix("foreach_"), backend, elementwise, *lists)
+            bump_versions(weights)
+        return
     _check_list(op, Tensor, "row_scales", row_scales, count)
     _check_list(op, Tensor, "keys", keys, count)
     if residuals is not None:
@@ -134,6 +191,11 @@ def _inplace(op, elementwise, weights, row_scales, keys, residuals, row_offsets,
         row_offsets=row_offsets,
         col_offsets=col_offsets,
     )
+
+
+def _count(op, weights):
+    _check_list(op, Tensor, "weights", weights)
+    return len(weights)
 
 
 def _check_list(op, accepted, name, values, count=None):
@@ -159,11 +221,6 @@ def _by_backend(tensors: Sequence[Tensor]) -> Iterator[tuple[str, list[int]]]:
         yield backend, sorted(indices)
 
 
-def _has_list_form(backend: str) -> bool:
-    """Whether the backend has kernels for many tensors; the others take one after the other."""
-    return backend in ("cpu", "cuda")
-
-
 def _check_row_norm(weights, lora_As, lora_Bs, scalings):
     for i, weight in enumerate(weights):
         op = f"foreach_row_norm: tensor {i}"
@@ -173,23 +230,11 @@ def _check_row_norm(weights, lora_As, lora_Bs, scalings):
 
 
 def _select_row_norm(weights, lora_As, lora_Bs, scalings):
-    _check_row_norm(weights, lora_As, lora_Bs, scalings)
-    norms: list[Tensor | None] = [None] * len(weights)
+    norms = _fake_row_norm(weights, lora_As, lora_Bs, scalings)
     for backend, indices in _by_backend(weights):
-        matrices = [as_matrix(weights[i]) for i in indices]
-        own_As, own_Bs, own_scalings = (
-            [values[i] for i in indices] if values else []
-            for values in (lora_As, lora_Bs, scalings)
-        )
-        if _has_list_form(backend):
-            run = kernel("foreach_row_norm", matrices[0], backend)
-            found = run(matrices, own_As, own_Bs, own_scalings)
-        else:
-            run = kernel("row_norm", matrices[0], backend)
-            none = [None] * len(indices)
-            found = map(run, matrices, own_As or none, own_Bs or none, own_scalings)
-        for i, norm in zip(indices, found, strict=True):
-            norms[i] = norm
+        lists = norms, [as_matrix(weight) for weight in weights], lora_As, lora_Bs, scalings
+        own = [[values[i] for i in indices] if values else [] for values in lists]
+        row_scales_(backend, *own, [1.0] * len(indices))
     return norms
 
 
@@ -207,7 +252,8 @@ def _define_inplace(op: str, single: str) -> None:
     def fake(weights, row_scales, keys, *, elementwise, residuals, row_offsets, col_offsets):
         for i, weight in enumerate(weights):
             own = f"{op}: tensor {i}"
-            check_values(own, weight, row_scales[i], keys[i], row_offsets[i], col_offsets[i])
+            where = {"row_offset": row_offsets[i], "col_offset": col_offsets[i]}
+            check_values(own, weight, Noise(row_scales[i], keys[i], **where))
             if residuals:
                 _residual.check(own, residuals[i], weight)
 
@@ -221,61 +267,29 @@ def _define_inplace(op: str, single: str) -> None:
             col_offsets=col_offsets,
         )
         if residuals:
-            _begin(op, single, elementwise, *lists)
+            _require_distinct(op, residuals)
+            for i, residual in enumerate(residuals):
+                _residual.check_place(f"{op}: tensor {i}", residual, weights[i])
         for backend, indices in _by_backend(weights):
             own = [[values[i] for i in indices] if values else [] for values in lists]
-            _run(op, single, backend, elementwise, *own)
-        if residuals:
-            _finish(op, single, residuals, weights)
+            _run(op, single, backend, elementwise, indices, *own)
 
     implement(op, select, fake)
 
 
-def _run(op, single, backend, elementwise, weights, row_scales, keys, residuals, rows, cols):
-    """All tensors are of one device and backend."""
+def _run(op, single, backend, elementwise, indices, *lists):
+    """All tensors are of one device and backend; `indices` are theirs in the call."""
+    weights, residuals = lists[0], lists[3]
     matrices = [as_matrix(weight) for weight in weights]
-    if _has_list_form(backend):
-        kernel(op, matrices[0], backend)(
-            matrices,
-            row_scales,
-            keys,
-            elementwise=elementwise,
-            residuals=residuals,
-            row_offsets=rows,
-            col_offsets=cols,
-        )
-    else:
-        run = kernel(single, matrices[0], backend)
-        for i, matrix in enumerate(matrices):
-            run(
-                matrix,
-                row_scales[i],
-                keys[i],
-                elementwise=elementwise,
-                residual=residuals[i] if residuals else None,
-                row_offset=rows[i],
-                col_offset=cols[i],
-            )
-    bump_versions(weights)
-
-
-def _begin(op, single, elementwise, weights, row_scales, keys, residuals, rows, cols):
-    """What the residuals refuse, before any of them is written."""
-    _require_distinct(op, residuals)
-    for i, residual in enumerate(residuals if single == "perturb_" else ()):
-        _residual.require_empty(f"{op}: tensor {i}", residual, weights[i])
-    begin = _residual.begin_perturb if single == "perturb_" else _residual.begin_restore
-    for i, residual in enumerate(residuals):
-        begin(
-            f"{op}: tensor {i}",
-            residual,
-            weights[i],
-            row_scales[i],
-            keys[i],
-            elementwise=elementwise,
-            row_offset=rows[i],
-            col_offset=cols[i],
-        )
+    run_inplace(single, backend, elementwise, matrices, *lists[1:])
+    headers = {}
+    if residuals and not _residual.in_kernels(weights[0]):
+        headers = dict(zip(indices, _residual.read_all(residuals), strict=True))
+    for i, header in headers.items():
+        _residual.raise_refused(f"{op}: tensor {i}", header)
+    bump_versions([*weights, *residuals])
+    for i, header in headers.items():
+        _residual.raise_mismatched(f"{op}: tensor {i}", header)
 
 
 def _require_distinct(op, residuals):
@@ -288,19 +302,6 @@ def _require_distinct(op, residuals):
                 f"{op}: residuals must be one for every weight, got residuals[{second}] in the "
                 f"memory of residuals[{first}]"
             )
-
-
-def _finish(op, single, residuals, weights):
-    """Note what was done; the first refusal is raised when all are noted."""
-    bump_versions(residuals)
-    failure = None
-    for i, residual in enumerate(residuals if single == "restore_" else ()):
-        try:
-            _residual.finish_restore(f"{op}: tensor {i}", residual, weights[i])
-        except RuntimeError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
 
 
 _define_inplace("foreach_perturb_", "perturb_")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flatkern import _backend
+from flatkern._noise import Noise
 from flatkern.ops import _check
 from flatkern.ops._autocast import autocast_dtype, autocast_off
 from flatkern.ops._library import NATIVE_NAMESPACES, call, define, differentiate, implement, native
@@ -183,7 +184,8 @@ def _check_call(
     op = "noisy_linear"
     if weight.dim() != 2:
         _check.refuse(op, "weight", "2-D", weight)
-    check_values(op, weight, row_scale, key, row_offset, col_offset)
+    noise = Noise(row_scale, key, row_offset=row_offset, col_offset=col_offset)
+    check_values(op, weight, noise)
     rows, cols = weight.shape
     if x.dim() == 0 or x.shape[-1] != cols or x.dtype not in _check.FLOAT_DTYPES:
         _check.refuse(op, "x", f"floating [..., {cols}]", x)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from flatkern._noise import Noise
 from flatkern.ops import _check, _residual
-from flatkern.ops._library import as_matrix, bump_version, define, implement, kernel
+from flatkern.ops._library import as_matrix, bump_version, bump_versions, define, implement, kernel
 
 _OFFSETS = "SymInt row_offset=0, SymInt col_offset=0"
 _INPLACE = (
@@ -66,16 +67,16 @@ def perturb(
         e = row_scale[:, None] * noise(m, n, key)
         (weight.float() + e).to(dtype or weight.dtype)
     """
-    _check_kinds("perturb", weight, row_scale, key, elementwise, row_offset, col_offset)
+    noise = Noise(row_scale, key, elementwise, row_offset, col_offset)
+    _check_kinds("perturb", weight, noise)
     _check.kinds("perturb", Tensor, optional=True, out=out)
     _check.kinds("perturb", torch.dtype, optional=True, dtype=dtype)
-    options = {"elementwise": elementwise, "row_offset": row_offset, "col_offset": col_offset}
-    row_scale = row_scale.detach()
+    noise = noise._replace(row_scale=row_scale.detach())
     if out is None:
-        return torch.ops.flatkern.perturb(weight, row_scale, key, dtype=dtype, **options)
+        return torch.ops.flatkern.perturb(weight, *noise.tensors, dtype=dtype, **noise.options)
     if dtype is not None and dtype != out.dtype:
         raise ValueError(f"perturb: dtype must be out's {out.dtype} or None, got {dtype}")
-    torch.ops.flatkern.perturb.out(weight, row_scale, key, **options, out=out)
+    torch.ops.flatkern.perturb.out(weight, *noise.tensors, **noise.options, out=out)
     return out
 
 
@@ -109,17 +110,10 @@ def perturb_(
         RuntimeError: the residual is filled already; nothing was written. On CUDA
             `check_residual` raises it.
     """
-    _check_kinds("perturb_", weight, row_scale, key, elementwise, row_offset, col_offset)
+    noise = Noise(row_scale, key, elementwise, row_offset, col_offset)
+    _check_kinds("perturb_", weight, noise)
     _check.kinds("perturb_", Tensor, optional=True, residual=residual)
-    torch.ops.flatkern.perturb_(
-        weight.detach(),
-        row_scale,
-        key,
-        elementwise=elementwise,
-        residual=residual,
-        row_offset=row_offset,
-        col_offset=col_offset,
-    )
+    torch.ops.flatkern.perturb_(weight.detach(), *noise.tensors, residual=residual, **noise.options)
 
 
 def restore_(
@@ -152,46 +146,40 @@ def restore_(
             form or backend: nothing was written. Or the weight was changed, see above. On CUDA
             `check_residual` raises all of these.
     """
-    _check_kinds("restore_", weight, row_scale, key, elementwise, row_offset, col_offset)
+    noise = Noise(row_scale, key, elementwise, row_offset, col_offset)
+    _check_kinds("restore_", weight, noise)
     _check.kinds("restore_", Tensor, optional=True, residual=residual)
-    torch.ops.flatkern.restore_(
-        weight.detach(),
-        row_scale,
-        key,
-        elementwise=elementwise,
-        residual=residual,
-        row_offset=row_offset,
-        col_offset=col_offset,
-    )
+    torch.ops.flatkern.restore_(weight.detach(), *noise.tensors, residual=residual, **noise.options)
 
 
-def _check_kinds(op, weight, row_scale, key, elementwise, row_offset, col_offset):
-    _check.kinds(op, Tensor, weight=weight, row_scale=row_scale, key=key)
-    _check.kinds(op, bool, elementwise=elementwise)
-    _check.kinds(op, (int, torch.SymInt), row_offset=row_offset, col_offset=col_offset)
+def _check_kinds(op, weight, noise):
+    _check.kinds(op, Tensor, weight=weight, row_scale=noise.row_scale, key=noise.key)
+    _check.kinds(op, bool, elementwise=noise.elementwise)
+    offsets = {"row_offset": noise.row_offset, "col_offset": noise.col_offset}
+    _check.kinds(op, (int, torch.SymInt), **offsets)
 
 
-def check_values(op, weight, row_scale, key, row_offset, col_offset):
+def check_values(op, weight, noise):
     """The checks that every op with a weight, a row scale and a key shares."""
     rows, cols = _check.weight(op, weight)
-    _check.row_scale(op, row_scale, rows, weight)
-    _check.key(op, key, weight)
-    _check.offsets(op, rows, cols, row_offset, col_offset)
+    _check.row_scale(op, noise.row_scale, rows, weight)
+    _check.key(op, noise.key, weight)
+    _check.offsets(op, rows, cols, noise.row_offset, noise.col_offset)
 
 
-def _select_perturb(
-    weight, row_scale, key, *, elementwise=False, dtype=None, row_offset=0, col_offset=0
-):
-    _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset)
-    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+# Selectors and fakes get what differs from the schema's defaults: `where` is of Noise.
+
+
+def _select_perturb(weight, row_scale, key, *, dtype=None, **where):
+    out = _fake_perturb(weight, row_scale, key, dtype=dtype, **where)
     run = kernel("perturb_out", weight)
-    options = {"elementwise": elementwise, "row_offset": row_offset, "col_offset": col_offset}
-    run(as_matrix(weight), row_scale, key, **options, out=as_matrix(out))
+    noise = Noise(row_scale, key, **where)
+    run(as_matrix(weight), *noise.tensors, **noise.options, out=as_matrix(out))
     return out
 
 
-def _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset, argument="dtype"):
-    check_values("perturb", weight, row_scale, key, row_offset, col_offset)
+def _check_perturb(weight, noise, dtype, argument="dtype"):
+    check_values("perturb", weight, noise)
     accepted = [d for d in _check.FLOAT_DTYPES if d != torch.float64 or weight.dtype == d]
     if dtype is not None and dtype not in accepted:
         names = " or ".join(str(d).removeprefix("torch.") for d in accepted)
@@ -200,62 +188,53 @@ def _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset, argume
         )
 
 
-def _fake_perturb(
-    weight, row_scale, key, *, elementwise=False, dtype=None, row_offset=0, col_offset=0
-):
-    _check_perturb(weight, row_scale, key, dtype, row_offset, col_offset)
+def _fake_perturb(weight, row_scale, key, *, dtype=None, **where):
+    _check_perturb(weight, Noise(row_scale, key, **where), dtype)
     return torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
 
 
-def _check_out(weight, row_scale, key, row_offset, col_offset, out):
-    _check_perturb(weight, row_scale, key, out.dtype, row_offset, col_offset, "out")
+def _select_out(weight, row_scale, key, *, out, **where):
+    _fake_out(weight, row_scale, key, out=out, **where)
+    _check.no_overlap("perturb", out, weight)
+    run = kernel("perturb_out", weight)
+    noise = Noise(row_scale, key, **where)
+    run(as_matrix(weight), *noise.tensors, **noise.options, out=as_matrix(out))
+    bump_version(out)
+
+
+def _fake_out(weight, row_scale, key, *, out, **where):
+    _check_perturb(weight, Noise(row_scale, key, **where), out.dtype, "out")
     _check.weight("perturb", out, "out")
     if out.shape != weight.shape or out.device != weight.device:
         _check.refuse("perturb", "out", f"{list(weight.shape)} on {weight.device}", out)
 
 
-def _select_out(weight, row_scale, key, *, elementwise=False, row_offset=0, col_offset=0, out):
-    _check_out(weight, row_scale, key, row_offset, col_offset, out)
-    _check.no_overlap("perturb", out, weight)
-    run = kernel("perturb_out", weight)
-    options = {"elementwise": elementwise, "row_offset": row_offset, "col_offset": col_offset}
-    run(as_matrix(weight), row_scale, key, **options, out=as_matrix(out))
-    bump_version(out)
-
-
-def _fake_out(weight, row_scale, key, *, elementwise=False, row_offset=0, col_offset=0, out):
-    _check_out(weight, row_scale, key, row_offset, col_offset, out)
-
-
-def run_inplace(op, weight, row_scale, key, residual, options):
-    """Run `perturb_` or `restore_` on a backend; keep the residual's header if it does not."""
+def run_inplace(op, weight, noise, residual, named=None):
+    """Run `perturb_` or `restore_` on a backend; errors are those of the op `named`."""
+    named = named or op
     if residual is not None:
-        begin = _residual.begin_perturb if op == "perturb_" else _residual.begin_restore
-        begin(op, residual, weight, row_scale, key, **options)
+        _residual.check_place(named, residual, weight)
     run = kernel(op, weight)
-    run(as_matrix(weight), row_scale, key, residual=residual, **options)
-    bump_version(weight)
-    if residual is not None:
-        bump_version(residual)
-        if op == "restore_":
-            _residual.finish_restore(op, residual, weight)
+    run(as_matrix(weight), *noise.tensors, residual=residual, **noise.options)
+    header = None
+    if residual is not None and not _residual.in_kernels(weight):
+        header = _residual.read(residual)
+        _residual.raise_refused(named, header)
+    bump_versions([weight] if residual is None else [weight, residual])
+    if header is not None:
+        _residual.raise_mismatched(named, header)
 
 
 def _inplace(op):
     """Selector and fake of `perturb_` or `restore_`, which differ in the kernel alone."""
 
-    def fake(
-        weight, row_scale, key, *, elementwise=False, residual=None, row_offset=0, col_offset=0
-    ):
-        check_values(op, weight, row_scale, key, row_offset, col_offset)
+    def fake(weight, row_scale, key, *, residual=None, **where):
+        check_values(op, weight, Noise(row_scale, key, **where))
         _residual.check(op, residual, weight)
 
-    def select(
-        weight, row_scale, key, *, elementwise=False, residual=None, row_offset=0, col_offset=0
-    ):
-        options = {"row_offset": row_offset, "col_offset": col_offset}
-        fake(weight, row_scale, key, residual=residual, **options)
-        run_inplace(op, weight, row_scale, key, residual, {"elementwise": elementwise, **options})
+    def select(weight, row_scale, key, *, residual=None, **where):
+        fake(weight, row_scale, key, residual=residual, **where)
+        run_inplace(op, weight, Noise(row_scale, key, **where), residual)
 
     return select, fake
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from flatkern._noise import Noise
 from flatkern.ops import _check, _residual
 from flatkern.ops._library import as_matrix, bump_version, define, implement, kernel
 from flatkern.ops.perturb import run_inplace
@@ -85,46 +86,24 @@ def _check_values(weight, lora_A, lora_B, scaling, sigma, key, residual, row_off
     _residual.check(op, residual, weight)
 
 
-def _select(
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    sigma,
-    key,
-    *,
-    elementwise=False,
-    residual=None,
-    row_offset=0,
-):
-    _check_values(weight, lora_A, lora_B, scaling, sigma, key, residual, row_offset)
-    options = {"elementwise": elementwise, "row_offset": row_offset}
-    if residual is not None:
-        # The residual notes the scale that it is filled for before anything is written: two passes.
-        _residual.require_empty("perturb_merged_", residual, weight)
-        norm = kernel("row_norm", weight)(as_matrix(weight), lora_A, lora_B, scaling)
-        columns = max(as_matrix(weight).shape[1], 1)
-        row_scale = norm * (sigma / math.sqrt(columns))
-        run_inplace("perturb_", weight, row_scale, key, residual, {**options, "col_offset": 0})
+def _select(weight, lora_A, lora_B, scaling, sigma, key, *, residual=None, **where):
+    _fake(weight, lora_A, lora_B, scaling, sigma, key, residual=residual, **where)
+    matrix = as_matrix(weight)
+    if residual is None:
+        run = kernel("perturb_merged_", weight)
+        row_scale = run(matrix, lora_A, lora_B, scaling, sigma, key, **where)
+        bump_version(weight)
         return row_scale
-    run = kernel("perturb_merged_", weight)
-    row_scale = run(as_matrix(weight), lora_A, lora_B, scaling, sigma, key, **options)
-    bump_version(weight)
+    # The residual notes the scale that it is filled for before anything is written: two passes.
+    norm = kernel("row_norm", weight)(matrix, lora_A, lora_B, scaling)
+    row_scale = norm * (sigma / math.sqrt(max(matrix.shape[1], 1)))
+    noise = Noise(row_scale, key, **where)
+    run_inplace("perturb_", weight, noise, residual, named="perturb_merged_")
     return row_scale
 
 
-def _fake(
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    sigma,
-    key,
-    *,
-    elementwise=False,
-    residual=None,
-    row_offset=0,
-):
+def _fake(weight, lora_A, lora_B, scaling, sigma, key, *, residual=None, **where):
+    row_offset = where.get("row_offset", 0)
     _check_values(weight, lora_A, lora_B, scaling, sigma, key, residual, row_offset)
     return weight.new_empty((weight.shape[0],), dtype=torch.float32)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from flatkern import _backend
 from flatkern.ops import _check, _residual
 from flatkern.ops._library import define, implement
+from flatkern.reference.header import create
 from flatkern.reference.residual import HEADER_BYTES
 
 define("new_residual", "(Tensor weight, SymInt? pool_bytes=None) -> Tensor", native=False)
@@ -93,7 +94,7 @@ def _select_new(weight, pool_bytes=None):
     _residual.check_backend("new_residual", weight)
     residual = _allocate(weight, pool_bytes)
     residual[: _residual.layout_of(weight).pool_begin] = 0
-    _residual.create(residual, _residual.new_header(weight, pool_bytes // 4))
+    create(residual, _residual.new_header(weight, pool_bytes // 4))
     return residual
 
 
@@ -103,7 +104,7 @@ def _fake_new(weight, pool_bytes=None):
 
 def _select_check(residual):
     _fake_check(residual)
-    _residual.require_done("check_residual", residual)
+    _residual.raise_for("check_residual", _residual.read(residual))
 
 
 def _fake_check(residual):

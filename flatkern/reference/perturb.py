@@ -1,18 +1,21 @@
 """Add noise to a weight, and take it off again, in plain PyTorch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from flatkern._noise import Noise
+from flatkern.reference import header
 from flatkern.reference import residual as exact
-from flatkern.reference.noise import noise
+from flatkern.reference.noise import noise as normals
 
 
-def _row_noise(
-    weight: Tensor, row_scale: Tensor, key: Tensor, row_offset: int, col_offset: int
-) -> Tensor:
+def _row_noise(weight: Tensor, noise: Noise) -> Tensor:
     """c_i z_ij in float32; a non-finite c_i counts as 0."""
-    z = noise(*weight.shape, key, row_offset=row_offset, col_offset=col_offset)
-    c = torch.where(torch.isfinite(row_scale), row_scale, 0.0)
+    place = {"row_offset": noise.row_offset, "col_offset": noise.col_offset}
+    z = normals(*weight.shape, noise.key, **place)
+    c = torch.where(torch.isfinite(noise.row_scale), noise.row_scale, 0.0)
     return c[:, None] * z
 
 
@@ -26,16 +29,20 @@ def perturb(
     row_scale: Tensor,
     key: Tensor,
     *,
-    elementwise: bool = False,
     dtype: torch.dtype | None = None,
-    row_offset: int = 0,
-    col_offset: int = 0,
+    **where: Any,
 ) -> Tensor:
-    """W + e rounded once to `dtype` (default: the weight's); e = c_i z_ij (|W_ij|)."""
-    dtype = dtype or weight.dtype
+    """W + e rounded once to `dtype` (default: the weight's); e = c_i z_ij (|W_ij|).
+
+    `where` is elementwise, row_offset and col_offset, here and below: see `Noise`.
+    """
+    return _perturbed(weight, Noise(row_scale, key, **where), dtype or weight.dtype)
+
+
+def _perturbed(weight: Tensor, noise: Noise, dtype: torch.dtype) -> Tensor:
     wide = _wide(weight)
-    e = _row_noise(weight, row_scale, key, row_offset, col_offset).to(wide.dtype)
-    if elementwise:
+    e = _row_noise(weight, noise).to(wide.dtype)
+    if noise.elementwise:
         e = e * wide.abs()
     noisy = (wide + e).to(dtype)
     # NaN, infinities and sums that overflow: the element is left as it is.
@@ -43,71 +50,51 @@ def perturb(
 
 
 def perturb_out(
-    weight: Tensor,
-    row_scale: Tensor,
-    key: Tensor,
-    *,
-    elementwise: bool = False,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    out: Tensor,
+    weight: Tensor, row_scale: Tensor, key: Tensor, *, out: Tensor, **where: Any
 ) -> None:
     """`perturb` into `out`, whose dtype is the result's."""
-    out.copy_(
-        perturb(
-            weight,
-            row_scale,
-            key,
-            elementwise=elementwise,
-            dtype=out.dtype,
-            row_offset=row_offset,
-            col_offset=col_offset,
-        )
-    )
+    out.copy_(_perturbed(weight, Noise(row_scale, key, **where), out.dtype))
 
 
 def perturb_(
-    weight: Tensor,
-    row_scale: Tensor,
-    key: Tensor,
-    *,
-    elementwise: bool = False,
-    residual: Tensor | None = None,
-    row_offset: int = 0,
-    col_offset: int = 0,
+    weight: Tensor, row_scale: Tensor, key: Tensor, *, residual: Tensor | None = None, **where: Any
 ) -> None:
-    """`perturb` in place; with a residual, chunks that it has no room for stay as they are."""
-    offsets = {"row_offset": row_offset, "col_offset": col_offset}
-    noisy = perturb(weight, row_scale, key, elementwise=elementwise, **offsets)
+    """`perturb` in place; with a residual, chunks that it has no room for stay as they are.
+
+    A residual that does not allow it says why, and nothing is written; so in `restore_`.
+    """
+    noise = Noise(row_scale, key, **where)
     if residual is not None:
-        e = _row_noise(weight, row_scale, key, **offsets)
-        noisy = exact.encode(weight, noisy, e, elementwise, residual)
+        if not header.admits(residual, weight, noise, restore=False):
+            return
+        header.begin_perturb(residual, weight, noise)
+    noisy = _perturbed(weight, noise, weight.dtype)
+    if residual is not None:
+        e = _row_noise(weight, noise)
+        noisy = exact.encode(weight, noisy, e, noise.elementwise, residual)
     weight.copy_(noisy)
 
 
 def restore_(
-    weight: Tensor,
-    row_scale: Tensor,
-    key: Tensor,
-    *,
-    elementwise: bool = False,
-    residual: Tensor | None = None,
-    row_offset: int = 0,
-    col_offset: int = 0,
+    weight: Tensor, row_scale: Tensor, key: Tensor, *, residual: Tensor | None = None, **where: Any
 ) -> None:
     """Undo `perturb_`: exactly with its residual, but for chunks that changed since.
 
     Without one, up to rounding: S - e, or S / (1 + c_i z_ij sign(S)) if elementwise.
     """
-    e = _row_noise(weight, row_scale, key, row_offset, col_offset)
+    noise = Noise(row_scale, key, **where)
     if residual is not None:
-        clean, refused = exact.decode(weight, e, elementwise, residual)
+        if not header.admits(residual, weight, noise, restore=True):
+            return
+        e = _row_noise(weight, noise)
+        clean, refused = exact.decode(weight, e, noise.elementwise, residual)
         weight.copy_(clean)
         exact.settle(residual, weight, refused)
+        header.finish_restore(residual)
         return
     wide = _wide(weight)
-    e = e.to(wide.dtype)
-    if elementwise:
+    e = _row_noise(weight, noise).to(wide.dtype)
+    if noise.elementwise:
         factor = 1.0 + e * torch.sign(wide)
         # Noise that took (nearly) all of an element, or flipped its sign, cannot be divided out.
         clean = torch.where(factor > 1.0 / 16.0, wide / factor, wide)

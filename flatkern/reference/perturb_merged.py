@@ -1,6 +1,7 @@
 """Row norm of the merged weight, scale and perturbation as one op, in plain PyTorch."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -15,13 +16,10 @@ def perturb_merged_(
     scaling: float,
     sigma: float,
     key: Tensor,
-    *,
-    elementwise: bool = False,
-    residual: Tensor | None = None,
-    row_offset: int = 0,
+    **where: Any,
 ) -> Tensor:
     """c = sigma / sqrt(n) * ||(W + s B A)_i||, then `perturb_`; returns c, float32 [m]."""
     columns = max(weight.shape[1], 1)
     row_scale = row_norm(weight, lora_A, lora_B, scaling) * (sigma / math.sqrt(columns))
-    perturb_(weight, row_scale, key, elementwise=elementwise, row_offset=row_offset)
+    perturb_(weight, row_scale, key, **where)
     return row_scale

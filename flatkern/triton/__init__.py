@@ -10,7 +10,7 @@ from importlib import metadata
 
 import torch
 
-from flatkern._backend import TRITON_INTERPRETED, why_too_old
+from flatkern._machine import TRITON_INTERPRETED, why_too_old
 
 try:
     import triton

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatkern._backend import TRITON_INTERPRETED as INTERPRETED
+from flatkern._machine import TRITON_INTERPRETED as INTERPRETED
 
 WARPS = 4
 # The interpreter's time goes by operations, not by lanes: it gets larger tiles.

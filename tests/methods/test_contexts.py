@@ -5,7 +5,8 @@ import tolerances
 import torch
 from torch import nn
 
-from flatkern.methods._contexts import evaluating, kept, still_statistics
+from flatkern.methods._contexts import kept, still_statistics
+from flatkern.nn.calibration import evaluating
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

@@ -9,7 +9,7 @@ import torch
 from noisy_models import clean_weights, data, lora_layers, loss_of, make_model, seen_weight
 
 import flatkern
-from flatkern.noise import keep, targets, window
+from flatkern.noise import guards, keep, targets, weights, window
 
 both_modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
 BACKEND = flatkern.build_info()["backend"]
@@ -198,7 +198,7 @@ def test_error_when_a_pause_ends(monkeypatch, model, failing, restore):
 class Interrupt:
     """Raises KeyboardInterrupt before the nth line that is run in the window's own files."""
 
-    FILES = (window.__file__, targets.__file__, keep.__file__)
+    FILES = tuple(part.__file__ for part in (window, weights, targets, guards, keep))
 
     def __init__(self, at, more_files=()):
         self.left = at

@@ -112,6 +112,54 @@ def test_row_norms_of_the_loop(implementation, model, device):
             assert not norm.requires_grad
 
 
+def test_factors_and_where_row_norms_are_written(model, device):
+    lora_As, lora_Bs = adapters(model.weights, device, lambda i: (1, 3, 8, 20)[i % 4])
+    scalings = [0.5 + i for i in range(len(lora_As))]
+    factors = [0.1 / (1 + i) for i in range(len(lora_As))]
+    lists = model.weights, lora_As, lora_Bs, scalings
+    foreach = flatkern.ops.foreach_row_norm
+    expected = [norm * factor for norm, factor in zip(foreach(*lists), factors, strict=True)]
+    out = [torch.full_like(norm, 7) for norm in expected]
+    got = foreach(*lists, factors=factors, out=out)
+    assert all(one is other for one, other in zip(got, out, strict=True))
+    assert_all_same_bits(got, expected)
+    with pytest.raises(ValueError, match="tensor 1: out must be"):
+        foreach(*lists, out=[out[0], out[0][:1], *out[2:]])
+    with pytest.raises(ValueError, match="factors must be as many as weights"):
+        foreach(*lists, factors=factors[1:])
+
+
+@pytest.mark.parametrize("op", INPLACE)
+@pytest.mark.parametrize("residuals", [False, True])
+def test_lists_that_were_checked(implementation, op, residuals):
+    """Parameters as they are; what a residual refuses stands in it alone."""
+    if residuals and not implementation.residual:
+        pytest.skip(f"{implementation.name} has no residual")
+    model = Model(implementation.device)
+    matrices = [weight.flatten(1) for weight in model.weights]
+    lora_As, lora_Bs = adapters(matrices, implementation.device, lambda i: 3)
+    lists = matrices, lora_As, lora_Bs, [2.0] * len(matrices)
+    expected = flatkern.ops.foreach_row_norm(*lists)
+    parameters = [torch.nn.Parameter(lora_A) for lora_A in lora_As]
+    norms = flatkern.ops.foreach_row_norm(matrices, parameters, *lists[2:], checked=True)
+    assert_all_same_bits(norms, expected)
+    assert not any(norm.requires_grad for norm in norms)
+    options = {"residuals": new_residuals(matrices)} if residuals else {}
+    if residuals and op == "restore_":
+        model.foreach("perturb_", matrices, **options)
+    copies = [w.clone(memory_format=torch.preserve_format) for w in matrices]
+    own = {"residuals": [one.clone() for one in options["residuals"]]} if residuals else {}
+    expected = model.foreach(op, copies, **own)
+    versions = [weight._version for weight in matrices]
+    assert_all_same_bits(model.foreach(op, matrices, checked=True, **options), expected)
+    assert all(w._version > v for w, v in zip(matrices, versions, strict=True))
+    if residuals:
+        model.foreach(op, matrices, checked=True, **options)
+        assert_all_same_bits(matrices, expected)
+        with pytest.raises(RuntimeError, match=r"residual is empty|filled by an earlier"):
+            flatkern.ops.check_residual(options["residuals"][0])
+
+
 def test_empty_lists(device):
     assert flatkern.ops.foreach_row_norm([]) == []
     assert flatkern.ops.foreach_row_norm([], [], [], []) == []
@@ -190,6 +238,8 @@ def test_residual_that_is_filled_already(refuses):
     with pytest.raises(RuntimeError, match=r"foreach_perturb_: tensor 5: residual was filled"):
         model.foreach("perturb_", weights, residuals=residuals)
     assert_all_same_bits(weights, model.weights)
+    # But for the word that says why.
+    residuals[5][100:104] = 0
     assert_all_same_bits(residuals, before)
 
 

@@ -1,5 +1,7 @@
 """What a residual refuses: another weight, window or backend, a full pool, a second time."""
 
+from pathlib import Path
+
 import pytest
 import tolerances
 import torch
@@ -7,9 +9,12 @@ from residuals import constant, gaussian, make_key, parse
 
 import flatkern
 from flatkern import ops
+from flatkern._version import NOISE_VERSION
+from flatkern.reference import header
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPE = (5, 4500)
+REFUSED = slice(100, 104)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +49,8 @@ class Window:
 
     def assert_untouched(self):
         tolerances.assert_same_bits(self.weight, self.noisy)
+        # But for the word that says why.
+        self.residual[REFUSED] = 0
         tolerances.assert_same_bits(self.residual, self.filled)
 
     def assert_still_restores(self):
@@ -362,3 +369,22 @@ def test_bad_arguments_of_check_residual():
             ops.check_residual(bad)
     with pytest.raises(ValueError, match="other bytes"):
         ops.check_residual(torch.ones(400, dtype=torch.uint8))
+
+
+def test_one_noise_version_for_all(monkeypatch):
+    """What fills a residual with other noise refuses it, in each implementation."""
+    philox = Path(__file__).parents[2] / "csrc" / "philox.h"
+    if philox.is_file():
+        assert f"constexpr int kNoiseVersion = {NOISE_VERSION};" in philox.read_text()
+    built = flatkern.build_info()["extension"]
+    if not isinstance(built, str):
+        assert built["noise_version"] == NOISE_VERSION
+    with flatkern.backend("reference"):
+        window = Window(torch.device("cpu"))
+        monkeypatch.setattr(header, "NOISE_VERSION", NOISE_VERSION + 1)
+        header._implementation.cache_clear()
+        with pytest.raises(RuntimeError, match="another backend, build"):
+            window.restore()
+        monkeypatch.undo()
+        header._implementation.cache_clear()
+        window.assert_still_restores()

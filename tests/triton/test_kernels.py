@@ -13,9 +13,9 @@ import tolerances
 import torch
 
 import flatkern
-from flatkern import _backend
+from flatkern import _machine
 
-if not _backend.TRITON_INTERPRETED:
+if not _machine.TRITON_INTERPRETED:
     pytest.skip("test_interpreted.py runs this with TRITON_INTERPRET=1", allow_module_level=True)
 
 from flatkern.triton import _launch

@@ -4,6 +4,7 @@ An element's noise depends on its place in the whole weight, so a rank makes tha
 from the part's offsets, without a word to the others. Only norms of rows go over the wire.
 """
 
+import itertools
 import math
 import sys
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import ops
+from flatkern.ops._library import as_matrix
 from flatkern.ops.noisy_linear import call_noisy_linear
 
 # Elements of a float64 panel of merged columns: 8 MiB.
@@ -90,6 +92,26 @@ def like(local: Tensor, weight: Tensor) -> Tensor:
     place = weight.device_mesh, weight.placements
     size = {"shape": weight.shape, "stride": weight.stride()}
     return DTensor.from_local(local, *place, run_check=False, **size)
+
+
+def row_norms_(
+    out: list[Tensor],
+    weights: list[Tensor],
+    lora_As: list[Tensor] | None,
+    lora_Bs: list[Tensor] | None,
+    scalings: list[float],
+    factors: list[float],
+) -> None:
+    """Write `row_norms`, times a factor for each weight, into `out`; of one device and backend."""
+    operands = weights, lora_As, lora_Bs
+    if not any(map(is_sharded, itertools.chain(*(part or () for part in operands)))):
+        matrices = [as_matrix(weight) for weight in weights]
+        lists = matrices, lora_As, lora_Bs, scalings
+        ops.foreach_row_norm(*lists, factors=factors, out=out, checked=True)
+        return
+    detached = ([part.detach() for part in parts] if parts else None for parts in operands)
+    norms = row_norms(*detached, scalings)
+    torch._foreach_copy_(out, torch._foreach_mul(norms, factors))
 
 
 def row_norms(
