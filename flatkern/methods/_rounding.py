@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flatkern import ops
-from flatkern.noise import NoiseKey, shards
+from flatkern.nn import shards
+from flatkern.noise import NoiseKey
 
 # Elements that are rounded at a time: their random words take 8 bytes each.
 _PANEL = 2**20
