@@ -155,12 +155,15 @@ def main() -> int:
     """Run everything, print the table and write it with its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m bench.windows")
     parser.add_argument("--windows", type=int, default=6250)
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     outcomes = []
-    with torch.no_grad(), tqdm(total=2 * 9 * args.windows, unit="window") as bar:
-        for dtype in DTYPES:
-            name = str(dtype).removeprefix("torch.")
+    with torch.no_grad(), tqdm(unit="window") as bar:
+        bar.total = 2 * len(args.dtypes) * len(KINDS) * args.windows
+        for name in args.dtypes:
+            dtype = getattr(torch, name)
             for kind, weights_in in KINDS.items():
                 weights = weights_in(dtype)
                 bar.set_description(f"{kind}, {name}")
@@ -169,8 +172,9 @@ def main() -> int:
                 elements = sum(weight.numel() for weight in weights)
                 outcomes.append(Outcome(kind, name, elements, *exact, *drift))
     where = conditions()
+    command = f"--windows {args.windows} --dtypes {' '.join(args.dtypes)}"
     heading = (
-        f"`python -m bench.windows --windows {args.windows}` on {where['date']}: {where['cpu']}, "
+        f"`python -m bench.windows {command}` on {where['date']}: {where['cpu']}, "
         f"{where['threads']} threads, torch {where['torch']}. Windows of Flat-LoRA's noise at "
         f"sigma = {SIGMA} at the end of a cosine ramp, opened and closed in place. The published "
         "algorithm (float32 noise added, then subtracted) ran on the first matrix of each set; its "
