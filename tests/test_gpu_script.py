@@ -95,7 +95,7 @@ def test_failed_cells_hold_no_number():
     assert got[2:6] == ["failed", "", "30.0", "200%"]
     claims = gpu_table.claims_table(results, H100)
     assert row(claims, "perturb: triton over cuda")[1] == "failed"
-    assert row(claims, "triton: perturb_merged over perturb, fused") == ["1.0", "1.00"]
+    assert row(claims, "triton: perturb_merged over perturb") == ["1.5", "1.00"]
     assert row(claims, "device copy, TB/s") == ["3.0", "1.12"]
     several = "cuda: foreach_perturb_ of 48 weights 512x512 over a loop"
     assert row(claims, several) == ["0.2 to 0.5", "1.00"]
@@ -106,10 +106,7 @@ def test_noisy_linear_beside_its_predictions():
     slow = Cell("noisy_linear backward", 11008, 4096, "bfloat16", "triton", 512)
     results[slow] = {"status": "ok", "seconds": 60e-6}
     got = row(gpu_table.linear_table(results), "11008x4096", "512", "backward")
-    assert got == ["77", "30.0", "+142 %", "", "+0%", "+100%"]
-    # 27.5 us of the model in flatkern.ops._cost, over 3 + 12.4 of a product that reads the weight.
-    got = row(gpu_table.linear_table(results), "4096x4096", "64", "forward")
-    assert got[3] == "+78%"
+    assert got[3:] == ["+0%", "+100%"]
 
 
 def test_judges(tmp_path):
@@ -161,16 +158,16 @@ def test_predicted_steps():
 
 def test_steps_beside_their_predictions():
     case = step.Case("block 4096/11008", "bfloat16", 2048, 1)
-    factor = {"lora": 1, "virtual": 1.5, "inplace": 2, "published": 10}
+    factor = {"lora": 1, "again": 1.25, "virtual": 1.5, "inplace": 2, "published": 10}
     found = {
         arm: {"seconds": 1e-3 * f, "core_seconds": 2e-3 * f**2, "peak_bytes": f * 2**20}
         for arm, f in factor.items()
     }
-    memory = ["1.0", "1.5", "2.0", "10.0"]
+    memory = ["1.0", "1.2", "1.5", "2.0", "10.0"]
     start = ["block 4096/11008", "bfloat16", "2048", "1"]
     cuda = row(step.table({case: found}, "cuda"), *start)
-    assert cuda == ["1.0", "1.50", "2.00", "10.00", "1.35", "1.49", *memory]
+    assert cuda == ["1.0", "1.25", "1.50", "2.00", "10.00", "1.35", "1.49", *memory]
     cpu = row(step.table({case: found}, "cpu"), *start)
-    assert cpu == ["1.0", "1.50 (2.25)", "2.00 (4.00)", "10.00 (100.00)", *memory]
+    assert cpu == ["1.0", "1.25 (1.56)", "1.50 (2.25)", "2.00 (4.00)", "10.00 (100.00)", *memory]
     blank = row(step.table({case: {}}, "cuda"), *start)
-    assert blank == [""] * 4 + ["1.35", "1.49"] + [""] * 4
+    assert blank == [""] * 5 + ["1.35", "1.49"] + [""] * 5

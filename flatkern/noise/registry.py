@@ -29,7 +29,7 @@ def require_free(op: str, noise: Any) -> None:
         for _, module, part in _held(other) if other is not noise else ():
             if (id(module), part) in own:
                 raise RuntimeError(
-                    f"{op}: open on {own[id(module), part]} inside the window of another "
+                    f"{op}: open on {own[id(module), part]} inside a noise window of another "
                     f"{op}; close that one first: flatkern.close(model) does, whoever opened it"
                 )
 

@@ -7,9 +7,7 @@
 
 #include "../../csrc/cpu/kernels.h"
 
-using namespace flatkern;
-using namespace flatkern::cpu;
-
+namespace flatkern::cpu {
 namespace {
 
 constexpr NoiseKey kKey = {0x01234567u, 0x89ABCDEFu, 5u, 0xFFFFFFFFu};
@@ -49,7 +47,7 @@ std::vector<char> random_weights(int64_t count, Dtype dtype, bool tame, uint32_t
   return bytes;
 }
 
-Window window(int64_t cols, uint64_t col_offset) { return {kKey, kRows, cols, 7, col_offset}; }
+Block window(int64_t cols, uint64_t col_offset) { return {kKey, kRows, cols, 7, col_offset}; }
 int64_t units(int64_t cols) { return kRows * blocks_per_row(cols); }
 
 std::vector<float> noise_of(const Kernels& k, int64_t cols, uint64_t col_offset) {
@@ -86,9 +84,9 @@ Adapters adapters_of(int64_t cols, int64_t rank) {
 }
 
 RowNormArgs norm_args(const std::vector<char>& weight, Dtype dtype, int64_t cols, const Adapters& a,
-                      std::vector<float>& norm) {
-  return {kRows,           cols,     a.rank,          weight.data(), dtype, cols,
-          a.lora_A.data(), a.stride, a.lora_B.data(), norm.data()};
+                      std::vector<float>& norm, float relative_scale = 1.0f) {
+  return {kRows,           cols,     a.rank,          weight.data(),  dtype,      cols,
+          a.lora_A.data(), a.stride, a.lora_B.data(), relative_scale, norm.data()};
 }
 
 std::vector<float> norms(const Kernels& k, const std::vector<char>& weight, Dtype dtype,
@@ -109,7 +107,7 @@ void check_merged(const Kernels& k, const std::vector<char>& weight, Dtype dtype
   k.perturb(args, 0, units(cols));
   args.weight = args.out = fused.data();
   args.row_scale = nullptr;
-  k.perturb_merged({args, norm_args(weight, dtype, cols, a, returned), 0.01f}, 0, kRows);
+  k.perturb_merged({args, norm_args(weight, dtype, cols, a, returned, 0.01f)}, 0, kRows);
   expect(fused == parts && returned == scale, "perturb_merged", k.name, cols);
 }
 
@@ -142,9 +140,7 @@ void compare(const Kernels& k, const Kernels& base) {
   }
 }
 
-}  // namespace
-
-int main() {
+int test() {
   const Kernels& base = *portable_kernels();
   compare(base, base);
   std::printf("portable");
@@ -159,3 +155,8 @@ int main() {
   std::printf(": %d failures\n", failures);
   return failures != 0;
 }
+
+}  // namespace
+}  // namespace flatkern::cpu
+
+int main() { return flatkern::cpu::test(); }

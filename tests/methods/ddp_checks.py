@@ -20,7 +20,7 @@ EQUAL = {"rtol": 1e-9, "atol": 1e-12}
 QUOTIENT = {"rtol": 1e-7, "atol": 1e-10}
 
 # Whatever flatkern.methods has, and options that go other ways.
-KINDS = [getattr(methods, name) for name in methods.__all__]
+KINDS = [kind for name in methods.__all__ if isinstance(kind := getattr(methods, name), type)]
 EVERY = [Case(kind) for kind in KINDS if kind is not methods.Method]
 EVERY += [
     *CASES,
