@@ -1,5 +1,5 @@
-// The CUDA kernels of the residual on the host, for tests/test_cuda_residual.py: residuals' bytes
-// lie between guards while the kernels run.
+// The CUDA kernels of the residual on the host, for tests/csrc/test_cuda_residual.py: residuals'
+// bytes lie between guards while the kernels run.
 #include <deque>
 
 #include "check.h"

@@ -1,16 +1,11 @@
 """Every method on several ranks; ddp_checks.py says what is held."""
 
-import sys
-from pathlib import Path
-
+import ddp_checks
+import on_ranks
 import pytest
 import torch.multiprocessing
 
 from flatkern import methods
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-import ddp_checks
-import on_ranks
 
 WORLDS = (2, 4)
 

@@ -13,7 +13,7 @@ import pytest
 import flatkern
 
 ROOT = Path(__file__).parents[2]
-# tests/test_isa.py holds the instruction sets against one another, these against the specification.
+# csrc/test_isa.py holds the instruction sets against one another, these against the specification.
 ARITHMETIC = (
     *("random_coordinates", "box_muller", "chosen_words", "every_code", "every_size"),
     *("special_values", "during_the_cast", "flush_denormal", "with_adapters", "square"),

@@ -1,15 +1,13 @@
 """What bench.sass reads out of a kernel: its hot part, its ways, and where products are fused."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 pytest.importorskip("tabulate")
-sys.path.insert(0, str(ROOT))
 
 from bench import sass, sass_flow  # noqa: E402
 

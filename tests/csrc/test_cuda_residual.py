@@ -9,21 +9,17 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import tolerances
 import torch
+from residuals import GRID, PACKED, RAW, gaussian, parse
 from test_cuda_emulated import CPP, CUDA, FLAGS, compile_object, objects_folder
 
 from flatkern.ops import _residual
 from flatkern.reference import header
 from flatkern.reference import residual as reference
-
-sys.path.insert(0, str(Path(__file__).parent / "ops"))
-from residuals import GRID, PACKED, RAW, gaussian, parse
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),

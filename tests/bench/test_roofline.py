@@ -1,16 +1,14 @@
 """bench/roofline.py: what it draws of a run, without drawing."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 pytest.importorskip("tabulate")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-sys.path.insert(0, str(ROOT))
 
 from bench import roofline  # noqa: E402
 from bench.gpu_ops import Cell  # noqa: E402

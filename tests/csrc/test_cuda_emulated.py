@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPP = ROOT / "tests" / "cpp"
 CUDA = ROOT / "csrc" / "cuda"
 PROGRAMS = ("test_cuda", "test_cuda_foreach", "test_cuda_rows", "test_cuda_launch")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 pytest.importorskip("tabulate")
-sys.path.insert(0, str(ROOT))
 
 from bench import gpu, gpu_table, step  # noqa: E402
 from bench.gpu_ops import Cell, plan  # noqa: E402

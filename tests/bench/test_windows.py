@@ -1,6 +1,5 @@
 """A hundred in-place windows on each set of weights of bench.windows: no bit changes."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 
 import flatkern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 pytest.importorskip("tabulate", reason="bench's extras are not installed")
 pytest.importorskip("tqdm", reason="bench's extras are not installed")
-sys.path.insert(0, str(ROOT))
 
 from bench import windows  # noqa: E402
 

@@ -6,19 +6,17 @@ result shows it. `python -m bench.sass` writes the table of all kernels.
 
 import importlib.metadata
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 import flatkern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 pytest.importorskip("tabulate")
 pytest.importorskip("triton", reason="Triton's package has the disassembler")
-sys.path.insert(0, str(ROOT))
 
 from bench import sass  # noqa: E402
 

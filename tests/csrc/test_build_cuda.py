@@ -12,7 +12,7 @@ import torch
 import flatkern
 from flatkern import _backend
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPS = ("philox_bits", "noise", "row_norm", "perturb", "perturb.out", "perturb_", "restore_")
 EXTENSION = flatkern.build_info()["extension"]
 

@@ -7,7 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "csrc", "flatkern")
 IGNORED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
 
