@@ -14,7 +14,7 @@ namespace {
 
 const cpu::Kernels& host() { return *cpu::portable_kernels(); }
 
-cpu::Window on_host(const cuda::Window& w) {
+cpu::Block on_host(const cuda::Window& w) {
   return {{static_cast<uint32_t>(kKey[0]), static_cast<uint32_t>(kKey[1]),
            static_cast<uint32_t>(kKey[2]), static_cast<uint32_t>(kKey[3])},
           w.rows,
