@@ -1,8 +1,13 @@
 """bench.host: every arm runs, and the table names it."""
 
+from pathlib import Path
+
 import pytest
 
-from bench import host
+if not (Path(__file__).parents[2] / "bench").is_dir():
+    pytest.skip("an installed copy has no bench", allow_module_level=True)
+
+from bench import host  # noqa: E402
 
 
 def test_layers():
