@@ -7,7 +7,7 @@ import pytest
 if not (Path(__file__).parents[2] / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 
-from bench import host  # noqa: E402
+from bench import host
 
 
 def test_layers():
