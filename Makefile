@@ -30,12 +30,12 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE) flatkern/demo/requirements.txt
 	touch $@
 
 demo: setup
-	@echo "About 4 minutes on two quiet cores."
+	@echo "About 5 minutes on two quiet cores."
 	$(BIN)/flatkern demo --out demo-results
 
 # By file, because some files compile for all of their tests at once.
 test: setup
-	@echo "About 10 minutes on two quiet cores."
+	@echo "10 to 15 minutes on two quiet cores."
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # The tests with the newest release of everything, also beyond pyproject.toml's ranges: a look ahead.
