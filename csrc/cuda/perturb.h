@@ -37,15 +37,6 @@ FLATKERN_HD void apply_noise(const Packed<Src>& weight, const PhiloxRow& row, ui
   }
 }
 
-// The same, rounded.
-template <class Op, class Dst, class Src, bool Elementwise>
-FLATKERN_HD Packed<Dst> apply_vector(const Packed<Src>& weight, const PhiloxRow& row,
-                                     uint32_t group, float scale) {
-  float value[kVector];
-  apply_noise<Op, Elementwise>(weight, row, group, scale, value);
-  return round_packed<Dst>(value);
-}
-
 // Vectors that a lane has loaded ahead: 32 bytes.
 template <class Src>
 constexpr uint32_t kAhead = sizeof(Src) == 4 ? 1 : 2;

@@ -1,4 +1,4 @@
-"""Row norm, scale and perturbation in one pass over the weight."""
+"""Row norm, scale and perturbation in one call: on a GPU two launches."""
 
 import math
 
@@ -31,7 +31,7 @@ def perturb_merged_(
 ) -> Tensor:
     """Flat-LoRA's perturbation in place: c_i = sigma / sqrt(n) ||(W + s B A)_i||, W += c_i z_ij.
 
-    The same bits as `row_norm`, a multiplication and `perturb_`, in one pass. Whole rows only;
+    The same bits as `row_norm`, a multiplication and `perturb_`, in one call. Whole rows only;
     for column shards use `row_norm`, reduce, `perturb_`. Source: Flat-LoRA.
 
     Args:
