@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet $(addprefix --constraint=,$(CONSTRAINT
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: setup demo test test-newest constraints bench gpu lint format clean
+.PHONY: setup demo test test-newest constraints docs bench gpu lint format clean
 
 setup: $(VENV)/.ready
 
@@ -52,6 +52,10 @@ constraints: setup
 	$(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 \
 	    --upgrade --no-annotate --no-header --no-emit-package torch --no-emit-package triton -o constraints.txt
 	sed -i -E '/^(nvidia|cuda)-/d' constraints.txt
+
+# Warnings are errors. The site is build/site/docs/index.html.
+docs: setup
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -c docs . build/site
 
 bench: setup
 	$(BIN)/python -m bench.run

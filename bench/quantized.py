@@ -146,7 +146,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     report = json.dumps({"conditions": where, "rows": rows}, indent=1)
     (args.out / f"{device.type}.json").write_text(f"{report}\n")
-    (args.out / f"{device.type}.md").write_text(f"{heading}\n\n{text}\n")
+    (args.out / f"{device.type}.md").write_text(
+        f"# Noise over quantised bases\n\n{heading}\n\n{text}\n"
+    )
     print(f"\n{heading}\n\n{text}\n\nwritten to {args.out}")
 
 

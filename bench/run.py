@@ -161,7 +161,7 @@ def main() -> None:
         "`exact`: with a residual, beside eager copies. Peaks: what an op allocates. Larger shapes "
         "leave out what would take minutes (LEFT_OUT in bench/test_ops.py).\n"
     )
-    (args.out / "ops.md").write_text(f"{heading}\n{text}\n")
+    (args.out / "ops.md").write_text(f"# Single ops on a CPU\n\n{heading}\n{text}\n")
     print(f"\n{heading}\n{text}\nwritten to {args.out}")
 
 

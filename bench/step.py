@@ -297,7 +297,7 @@ def main() -> None:
     record = [asdict(case) | {"arms": found} for case, found in rows.items()]
     report = json.dumps({"conditions": where, "rows": record}, indent=1)
     (args.out / f"{device.type}.json").write_text(f"{report}\n")
-    (args.out / f"{device.type}.md").write_text(f"{heading}\n\n{text}\n")
+    (args.out / f"{device.type}.md").write_text(f"# Whole optimizer steps\n\n{heading}\n\n{text}\n")
     print(f"\n{heading}\n\n{text}\n\nwritten to {args.out}")
 
 

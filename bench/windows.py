@@ -184,7 +184,8 @@ def main() -> int:
     rows = [asdict(outcome) for outcome in outcomes]
     record = {"conditions": where, "windows": args.windows, "rows": rows}
     (args.out / "windows.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "windows.md").write_text(f"{heading}\n{table(outcomes)}\n")
+    text = f"# {args.windows:,} windows\n\n{heading}\n{table(outcomes)}\n"
+    (args.out / "windows.md").write_text(text)
     print(f"\n{heading}\n{table(outcomes)}\nwritten to {args.out}")
     return int(any(outcome.changed for outcome in outcomes))
 

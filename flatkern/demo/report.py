@@ -205,7 +205,8 @@ def write_results(
     minutes = f"{seconds / 60:.1f} min on {torch.get_num_threads()} threads"
     markdown = folder / "results.md"
     markdown.write_text(
-        f"`{command}` ({minutes}, {versions()['machine']}, torch {torch.__version__})\n\n"
+        f"# Flat-LoRA beside LoRA\n\n`{command}` ({minutes}, {versions()['machine']}, "
+        f"torch {torch.__version__})\n\n"
         f"{certain_table(exact, costs, 'github')}\n\n{table(runs, 'github')}\n\n{chosen(used)}\n\n"
         f"{summary(runs)}\n",
         encoding="utf-8",
@@ -254,6 +255,7 @@ def write_choice(
     ]
     markdown = folder / "choice.md"
     markdown.write_text(
+        "# How sigma and dropout were chosen\n\n"
         f"`{command}` ({seconds / 60:.1f} min on {torch.get_num_threads()} threads)\n\n"
         + "Mean ± sd over the seeds; the validation split has true labels in both settings.\n\n"
         + f"{choice_table(tried)}\n\nChosen:\n\n"

@@ -19,7 +19,7 @@ _OP = "FlatLoRACallback"
 
 
 class FlatLoRACallback(NoisyRun, Callback):
-    """Flat-LoRA in Lightning: each optimizer step's `training_step`s run in one window.
+    """Flat-LoRA in Lightning: each optimizer step is one window over its `training_step` calls.
 
         trainer = Trainer(callbacks=[FlatLoRACallback(sigma=0.05, seed=0)], ...)
         trainer.fit(module)
@@ -34,9 +34,9 @@ class FlatLoRACallback(NoisyRun, Callback):
 
     `noise_sigma`, sigma times the schedule's factor, is logged. With `measure=True` so is
     `noise_loss_rise`, by how much a step's noise raises the loss of its first micro-batch, at the
-    steps that are logged. It takes two more `training_step`s, without gradients, with the same
-    dropout and nothing logged; but what such a call changes besides, a metric's sums for example,
-    it changes each time.
+    steps that are logged. It takes two more `training_step` calls, without gradients, with the
+    same dropout and nothing logged; but what such a call changes besides, a metric's sums for
+    example, it changes each time.
     """
 
     # A LightningModule that keeps modules in eval mode, as they come pretrained, trains them so.

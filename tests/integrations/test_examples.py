@@ -6,23 +6,92 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as checkpoint_states
+from torch.distributed.tensor import parallel as tensor_parallel
 
-for package in ("peft", "transformers", "accelerate"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
+import flatkern
+
+pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+import peft
+from tiny import llama, tokens
+from transformers import BertConfig, BertForSequenceClassification
+
+from flatkern.integrations import peft as flatkern_peft
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 60
 
 
+def blocks_of(page):
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
+    assert found
+    return [compile(block, f"{page}.md", "exec") for block in found]
+
+
 def run_page(page, folder, monkeypatch):
     """What a page's blocks of Python leave behind, run one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
-    assert blocks
     monkeypatch.chdir(folder)
     names = {}
-    for block in blocks:
-        exec(compile(block, f"{page}.md", "exec"), names)
+    for block in blocks_of(page):
+        exec(block, names)
     return names
+
+
+def test_every_block_is_run():
+    # graphs: tests/noise/test_window_compile.py and tests/test_gpu.py.
+    run_here = {"accelerate", "adapters", "distributed", "lightning", "peft", "quantized"}
+    run_here |= {"graphs", "quickstart", "trainer"}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()}
+    assert pages == run_here
+
+
+def test_the_quickstart(tmp_path, monkeypatch):
+    names = run_page("quickstart", tmp_path, monkeypatch)
+    assert names["noise"].step == names["steps"] + 1
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_on_adapters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds, head = blocks_of("adapters")
+    model = llama(hidden_size=64, intermediate_size=64)
+    exec(kinds, vars(flatkern.nn) | {"model": model, "calibration_batches": [tokens()]})
+    assert model(**tokens()).loss.isfinite()
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+    config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    exec(head, vars(flatkern.nn) | {"model": BertForSequenceClassification(config)})
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_on_many_ranks(tmp_path):
+    own_fsdp, own_tp, peft_fsdp, peft_tp, saved = blocks_of("distributed")
+    names = {"folder": tmp_path, "flatkern": flatkern, "replace_linear": flatkern.nn.replace_linear}
+    for module in (distributed.fsdp, tensor_parallel, checkpoint_states, peft, flatkern_peft):
+        names |= vars(module)
+    names["checkpoint"] = checkpoint
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        names["mesh"] = distributed.init_device_mesh("cpu", (1,))
+        names["model"] = llama().model
+        exec(own_fsdp, names)
+        with names["noise"].window():
+            names["model"](tokens()["input_ids"]).last_hidden_state.sum().backward()
+        exec(saved, names)
+        names["model"] = llama().model
+        exec(own_tp, names)
+        config = peft.LoraConfig(target_modules=["up_proj", "down_proj"])
+        names |= {"base": llama(), "config": config}
+        exec(peft_fsdp, names)
+        assert len(names["noise"].names) == 4
+        model = peft.get_peft_model(llama(), config)
+        names["block"] = model.get_base_model().model.layers[0]
+        exec(peft_tp, names)
+    finally:
+        distributed.destroy_process_group()
 
 
 def has_sites(model):
