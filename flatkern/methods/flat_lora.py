@@ -34,7 +34,8 @@ class FlatLoRA(Windowed):
         Args:
             model, optimizer: see `Method`.
             sigma, strategy, scope: see `flatkern.WeightNoise`.
-                0.05 to 0.15 is the paper's range for sigma; it ramps with `cosine_ramp`.
+                0.05 to 0.15 is the paper's range for sigma, reached by a ramp, which is passed:
+                `schedule=flatkern.cosine_ramp(total_steps)`.
             options: schedule, mode, seed, ranks of `flatkern.WeightNoise`; those of `Method`.
 
         Raises:
