@@ -20,8 +20,7 @@ import torch
 from torch.nn import functional as F
 
 import flatkern
-from bench import baselines
-from flatkern import ops
+from flatkern import baselines, ops
 from flatkern.ops.residual import is_available
 
 OPS = ("noise", "row_norm", "row_norm rank 64", "perturb", "restore", "perturb_merged", "window")

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flatkern
-from bench import baselines
 from bench.run import conditions
+from flatkern import baselines
 from flatkern._memory import peak_bytes
 from flatkern.nn import LoRALinear, replace_linear
 

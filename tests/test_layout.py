@@ -22,6 +22,8 @@ LEVELS = {
     "noise": 2,
     "methods": 3,
     "integrations": 4,
+    "baselines": 5,
+    "microbench": 5,
     "cli": 5,
     "demo": 5,
     "__main__": 6,

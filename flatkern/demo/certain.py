@@ -13,9 +13,9 @@ from torch import nn
 import flatkern
 from flatkern._bits import count_changed
 from flatkern._memory import peak_bytes
+from flatkern.baselines import Published, published_perturb_, published_restore_
 from flatkern.demo import experiment
 from flatkern.demo.model import Encoded
-from flatkern.demo.published import Published, published_perturb_, published_restore_
 from flatkern.demo.settings import SIGMA, Recipe
 
 WINDOWS = 200

@@ -1,18 +1,64 @@
 import importlib.util
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import flatkern
-from flatkern import cli
+from flatkern import cli, microbench
 
 
 def test_doctor_says_what_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
+    status = cli.main(["doctor"])
+    assert status == int(flatkern.available_backends() == ["reference"])
     out = capsys.readouterr().out
     for backend in ("cuda", "cpu", "triton", "reference"):
         assert backend in out
+
+
+USABLE = dict.fromkeys(("cuda", "cpu", "triton", "reference"), "usable")
+
+
+@pytest.mark.parametrize(
+    ("backend", "auto", "unusable", "words"),
+    [
+        ("auto", {"cpu": "cpu"}, {"cuda": "no device"}, []),
+        ("auto", {"cpu": "reference"}, {"cpu": "not built"}, ["C++ compiler"]),
+        ("auto", {"cpu": "cpu", "cuda": "triton"}, {"cuda": "no nvcc"}, ["no nvcc"]),
+        ("auto", {"cpu": "cpu", "cuda": "reference"}, {"cuda": "sm_75"}, ["nothing fast"]),
+        ("triton", {"cpu": "cpu"}, {"triton": "no device"}, ["FLATKERN_BACKEND=triton"]),
+    ],
+)
+def test_doctor_has_advice_for_what_is_missing(backend, auto, unusable, words, monkeypatch, capsys):
+    info = {"backend": backend, "auto": auto, "backends": USABLE | unusable, "extension": {}}
+    monkeypatch.setattr(flatkern, "build_info", lambda: dict(info))
+    assert cli.main(["doctor", "--json"]) == int(bool(words))
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert len(advice) == len(words)
+    assert all(word in line for word, line in zip(words, advice, strict=True))
+    assert cli.main(["doctor"]) == int(bool(words))
+    assert ("nothing to do" in capsys.readouterr().out) == (not words)
+
+
+def test_bench_times_every_op_and_moves_no_generator(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    small = ["bench", "--rows", "48", "--cols", "64", "--rank", "2", "--tokens", "4"]
+    small += ["--seconds", "0.001"]
+    assert cli.main([*small, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert torch.equal(before, torch.get_rng_state())
+    assert record["rows"][0]["op"] == "row_norm"
+    assert all(row["flatkern"] > 0 and row["copy"] > 0 for row in record["rows"])
+    # The scale, and what the kernel has in flight: nothing of the weight's 48 x 64.
+    assert record["rows"][0]["peak_bytes"] < 2 * 48 * 64
+
+
+def test_bench_measures_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flatkern.ops, "row_norm", lambda weight, *_: weight.float().norm(dim=1))
+    with pytest.raises(RuntimeError, match="wrong results"):
+        microbench.measure(48, 64, 2, 4)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
