@@ -16,13 +16,13 @@ struct Block {
 
 template <class Key>
 struct NoiseArgs {
-  Block<Key> window;
+  Block<Key> block;
   void* out;  // float [rows, cols], or int64 for the raw words
 };
 
 template <class Key>
 struct PerturbArgs {
-  Block<Key> window;
+  Block<Key> block;
   const void* weight;
   void* out;  // may be weight itself: no pointer here is restrict
   Dtype weight_dtype, out_dtype;

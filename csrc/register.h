@@ -178,7 +178,7 @@ struct Ops {
   static bool overlap(const std::vector<PerturbArgs>& tensors, at::TensorList residuals) {
     std::vector<std::pair<uintptr_t, uintptr_t>> extents;
     for (const PerturbArgs& args : tensors) {
-      const int64_t rows = args.window.rows, cols = args.window.cols;
+      const int64_t rows = args.block.rows, cols = args.block.cols;
       if (rows == 0 || cols == 0) continue;
       const int64_t bytes = args.out_dtype == Dtype::kFloat32 ? 4 : 2;
       const auto begin = reinterpret_cast<uintptr_t>(args.out);

@@ -64,7 +64,7 @@ FLATKERN_HD uint64_t mixed_scale(float row_scale, int64_t row) {
 template <class Key>
 FLATKERN_HD ResidualHeader header_of(const PerturbArgs<Key>& perturb, const NoiseKey& key,
                                      uint64_t scales, uint64_t implementation, uint64_t capacity) {
-  const Block<Key>& block = perturb.window;
+  const Block<Key>& block = perturb.block;
   ResidualHeader header = {};
   header.magic = kResidualMagic;
   header.version = kResidualVersion;

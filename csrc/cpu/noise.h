@@ -159,7 +159,7 @@ FLATKERN_INLINE void for_each_block(const Block& w, int64_t unit_begin, int64_t 
 
 void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
   const KeepDenormals keep;
-  const Block w = args.window;
+  const Block w = args.block;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     float* out = static_cast<float*>(args.out) + row * w.cols;
     for_each_step<Order::kSplit>(
@@ -175,7 +175,7 @@ void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
 }
 
 void philox_bits(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
-  const Block w = args.window;
+  const Block w = args.block;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     int64_t* out = static_cast<int64_t*>(args.out) + row * w.cols;
     const PhiloxRow r = philox_row(w.key, static_cast<uint32_t>(w.row_offset + row));

@@ -75,7 +75,7 @@ FLATKERN_INLINE void perturb_columns(const PerturbArgs& args, int64_t row, int64
   const VFloat scale = splat(c);
   constexpr Order kSteps = kOrder<Src, Dst>;
   for_each_step<kSteps>(
-      args.window, row, begin, end,
+      args.block, row, begin, end,
       [&](int64_t j, const Normals& z) {
         if (perturb_step<Op>(weight + j, out + j, z, scale, elementwise)) return;
         float values[kStep];
@@ -137,7 +137,7 @@ ColumnsFunction restore_function(Dtype dtype) {
 void run_columns(ColumnsFunction columns, const PerturbArgs& args, int64_t unit_begin,
                  int64_t unit_end) {
   const KeepDenormals keep;
-  for_each_block(args.window, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
+  for_each_block(args.block, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     columns(args, row, begin, end, args.row_scale[row]);
   });
 }

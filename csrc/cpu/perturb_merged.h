@@ -11,7 +11,7 @@ void perturb_merged(const PerturbMergedArgs& args, int64_t row_begin, int64_t ro
     const int64_t end = row + kNormRows < row_end ? row + kNormRows : row_end;
     row_norm(args.row_norm, row, end);
     for (int64_t i = row; i < end; ++i) {
-      columns(perturb, i, 0, perturb.window.cols, args.row_norm.norm[i]);
+      columns(perturb, i, 0, perturb.block.cols, args.row_norm.norm[i]);
     }
   }
 }

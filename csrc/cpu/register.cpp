@@ -47,7 +47,7 @@ template <class Args>
 void for_blocks(const std::vector<Args>& tensors, void (*run)(const Args&, int64_t, int64_t)) {
   std::vector<Task> tasks;
   for (const Args& args : tensors) {
-    const Block& w = args.window;
+    const Block& w = args.block;
     tasks.push_back({w.rows * blocks_per_row(w.cols), std::min(w.cols, kBlockCols)});
   }
   parallel_for(tasks, [&](size_t i, int64_t begin, int64_t end) { run(tensors[i], begin, end); });
@@ -60,7 +60,7 @@ struct Counts {
 };
 
 ResidualParts parts_of(const PerturbArgs& args, const at::Tensor& residual) {
-  return flatkern::parts_of(residual, {args.window.rows, args.window.cols});
+  return flatkern::parts_of(residual, {args.block.rows, args.block.cols});
 }
 
 // Runs over the chunks of all tensors.
@@ -72,7 +72,7 @@ std::vector<Counts> run_residual(const std::vector<PerturbArgs>& tensors, at::Te
   for (size_t i = 0; i < tensors.size(); ++i) {
     const ResidualParts parts = parts_of(tensors[i], residuals[i]);
     all.push_back({tensors[i],
-                   {tensors[i].window.rows, tensors[i].window.cols},
+                   {tensors[i].block.rows, tensors[i].block.cols},
                    parts.directory,
                    parts.pool,
                    parts.capacity,
@@ -92,10 +92,10 @@ ResidualHeader header_of(const PerturbArgs& args, const at::Tensor& residual) {
   static const uint64_t implementation = implementation_of(std::string("cpu ") + FLATKERN_COMPILER +
                                                            FLATKERN_CXX_FLAGS + kernels().name);
   uint64_t scales = 0;
-  for (int64_t row = 0; row < args.window.rows; ++row) {
+  for (int64_t row = 0; row < args.block.rows; ++row) {
     scales += mixed_scale(args.row_scale[row], row);
   }
-  return flatkern::header_of(args, args.window.key, scales, implementation,
+  return flatkern::header_of(args, args.block.key, scales, implementation,
                              parts_of(args, residual).capacity);
 }
 

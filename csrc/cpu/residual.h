@@ -70,7 +70,7 @@ void scaled_noise(const PerturbArgs& args, const ChunkSpan& span, float* e) {
     const VFloat scale = splat(c);
     float* out = e + i * span.cols;
     for_each_step<Order::kSplit>(
-        args.window, row, span.begin, span.begin + span.cols,
+        args.block, row, span.begin, span.begin + span.cols,
         [&](int64_t j, const Normals& z) {
           store(out + (j - span.begin), scale * interleave_low(z.even, z.odd));
           store(out + (j - span.begin) + kLanes, scale * interleave_high(z.even, z.odd));

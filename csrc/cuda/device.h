@@ -8,10 +8,10 @@
 
 namespace flatkern::cuda {
 
-// The unit of the calling warp in a tensor's block number `block`.
-__device__ __forceinline__ Unit unit_of_warp(const Window& window, int log2, uint32_t block) {
-  return unit_of(window.rows, window.cols, log2,
-                 static_cast<uint64_t>(block) * kWarpsPerBlock + threadIdx.x / kWarp);
+// The unit of the calling warp in a tensor's thread block number `number`.
+__device__ __forceinline__ Unit unit_of_warp(const Block& block, int log2, uint32_t number) {
+  return unit_of(block.rows, block.cols, log2,
+                 static_cast<uint64_t>(number) * kWarpsPerBlock + threadIdx.x / kWarp);
 }
 
 // Whether rows can be read and written kVector elements at a time.

@@ -12,7 +12,7 @@
 namespace flatkern::cuda {
 
 // The key is (seed, step, draw, tensor) on the device.
-using Window = Block<const int64_t*>;
+using Block = flatkern::Block<const int64_t*>;
 using NoiseArgs = flatkern::NoiseArgs<const int64_t*>;
 using PerturbArgs = flatkern::PerturbArgs<const int64_t*>;
 
@@ -73,9 +73,9 @@ struct ResidualArgs {
   uint64_t implementation;
   ChunkFinder finder;
 
-  Chunks chunks() const { return {perturb.window.rows, perturb.window.cols}; }
+  Chunks chunks() const { return {perturb.block.rows, perturb.block.cols}; }
   FLATKERN_HD ChunkSpan span(uint32_t chunk) const {
-    return finder.span(perturb.window.rows, perturb.window.cols, chunk);
+    return finder.span(perturb.block.rows, perturb.block.cols, chunk);
   }
   // [chunks], behind the header.
   FLATKERN_HD uint32_t* directory() const {

@@ -6,16 +6,16 @@ namespace flatkern::cuda {
 // A thread takes one group of columns at a time. Aligned: rows hold whole groups, 16-byte aligned.
 template <bool Aligned>
 __global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int unit_log2) {
-  const Window& window = args.window;
-  const auto [i, begin, end] = unit_of_warp(window, unit_log2, blockIdx.x);
-  if (i >= window.rows) return;
+  const Block& block = args.block;
+  const auto [i, begin, end] = unit_of_warp(block, unit_log2, blockIdx.x);
+  if (i >= block.rows) return;
   const PhiloxRow row =
-      philox_row(load_key(window.key), static_cast<uint32_t>(window.row_offset + i));
-  float* out = static_cast<float*>(args.out) + i * window.cols;
-  const int64_t misfit = static_cast<int64_t>((window.col_offset + begin) % 4);
+      philox_row(load_key(block.key), static_cast<uint32_t>(block.row_offset + i));
+  float* out = static_cast<float*>(args.out) + i * block.cols;
+  const int64_t misfit = static_cast<int64_t>((block.col_offset + begin) % 4);
   for (int64_t j = begin - misfit + 4 * (threadIdx.x % kWarp); j < end; j += 4 * kWarp) {
     float z[4];
-    scaled_group(row, static_cast<uint32_t>((window.col_offset + j) / 4), kRadiusOfRoot, z);
+    scaled_group(row, static_cast<uint32_t>((block.col_offset + j) / 4), kRadiusOfRoot, z);
     if constexpr (Aligned) {
       Bits128 bits;
       for (int k = 0; k < 4; ++k) bits.w[k] = bits_of_float(z[k]);
@@ -29,13 +29,13 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int uni
 }
 
 __global__ void __launch_bounds__(kThreads) philox_bits_kernel(NoiseArgs args) {
-  const Window& window = args.window;
-  const NoiseKey key = load_key(window.key);
-  const int64_t count = window.rows * window.cols;
+  const Block& block = args.block;
+  const NoiseKey key = load_key(block.key);
+  const int64_t count = block.rows * block.cols;
   int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (; index < count; index += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const uint64_t column = window.col_offset + index % window.cols;
-    const uint32_t i = static_cast<uint32_t>(window.row_offset + index / window.cols);
+    const uint64_t column = block.col_offset + index % block.cols;
+    const uint32_t i = static_cast<uint32_t>(block.row_offset + index / block.cols);
     const Words words = philox4x32<>({{i, static_cast<uint32_t>(column / 4), key.tensor, key.draw}},
                                      key.seed, key.step);
     const int lane = static_cast<int>(column % 4);
@@ -47,12 +47,12 @@ __global__ void __launch_bounds__(kThreads) philox_bits_kernel(NoiseArgs args) {
 }
 
 void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
-  const Window& window = args.window;
-  if (window.rows == 0 || window.cols == 0) return;
-  const int log2 = unit_log2(window.rows * units_per_row(window.cols, kLongUnitLog2), sm_count);
-  const int64_t units = window.rows * units_per_row(window.cols, log2);
+  const Block& block = args.block;
+  if (block.rows == 0 || block.cols == 0) return;
+  const int log2 = unit_log2(block.rows * units_per_row(block.cols, kLongUnitLog2), sm_count);
+  const int64_t units = block.rows * units_per_row(block.cols, log2);
   const int blocks = static_cast<int>(divide_up(units, kWarpsPerBlock));
-  if (window.cols % 4 == 0 && window.col_offset % 4 == 0) {
+  if (block.cols % 4 == 0 && block.col_offset % 4 == 0) {
     FLATKERN_LAUNCH((noise_kernel<true>), blocks, kThreads, stream, args, log2);
   } else {
     FLATKERN_LAUNCH((noise_kernel<false>), blocks, kThreads, stream, args, log2);
@@ -60,8 +60,8 @@ void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
 }
 
 void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
-  if (args.window.rows == 0 || args.window.cols == 0) return;
-  const int64_t warps = divide_up(args.window.rows * args.window.cols, kWarp);
+  if (args.block.rows == 0 || args.block.cols == 0) return;
+  const int64_t warps = divide_up(args.block.rows * args.block.cols, kWarp);
   FLATKERN_LAUNCH(philox_bits_kernel, grid_blocks(warps, sm_count), kThreads, stream, args);
 }
 

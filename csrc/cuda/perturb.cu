@@ -16,8 +16,8 @@ struct Row {
   __device__ __forceinline__ Row(const PerturbArgs& args, int64_t i)
       : weight(static_cast<const Src*>(args.weight) + i * args.weight_stride),
         out(static_cast<Dst*>(args.out) + i * args.out_stride),
-        philox(philox_row(load_key(args.window.key),
-                          static_cast<uint32_t>(args.window.row_offset + i))),
+        philox(
+            philox_row(load_key(args.block.key), static_cast<uint32_t>(args.block.row_offset + i))),
         c(row_scale_of(args.row_scale[i])) {}
 };
 
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocksPerSm)
     perturb_kernel(const __grid_constant__ Table<PerturbArgs> table, int unit_log2) {
   const Place place = place_of(table, blockIdx.x);
   const PerturbArgs& args = table.tensors[place.tensor];
-  const Window& window = args.window;
-  const Unit unit = unit_of_warp(window, unit_log2, place.block);
-  if (unit.row >= window.rows) return;
+  const Block& block = args.block;
+  const Unit unit = unit_of_warp(block, unit_log2, place.block);
+  if (unit.row >= block.rows) return;
   const Row<Src, Dst> row(args, unit.row);
 
   const int64_t first = unit.begin + threadIdx.x % kWarp * kVector;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocksPerSm)
   const int all = left <= 0 ? 0 : (left - 1) / kWarpCols + 1;
   uint32_t others = (1u << all) - 1u;
   if (row.c.after == 1.0f) {
-    const uint32_t group = static_cast<uint32_t>((window.col_offset + first) / 4);
+    const uint32_t group = static_cast<uint32_t>((block.col_offset + first) / 4);
     const uint32_t wild = apply_vectors<Op, Elementwise>(row.weight + first, row.out + first,
                                                          row.philox, group, whole, row.c.scale);
     others ^= ((1u << whole) - 1u) ^ wild;
@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocksPerSm)
   for (int64_t j = first; others != 0; j += kWarpCols, others >>= 1) {
     if ((others & 1u) == 0) continue;
     const int64_t end = j + kVector < unit.end ? j + kVector : unit.end;
-    apply_scalar<Op, Elementwise>(row.weight, row.out, row.philox, window.col_offset, j, end,
-                                  row.c);
+    apply_scalar<Op, Elementwise>(row.weight, row.out, row.philox, block.col_offset, j, end, row.c);
   }
 }
 
@@ -59,17 +58,17 @@ __global__ void __launch_bounds__(kThreads)
     perturb_unaligned_kernel(const __grid_constant__ Table<PerturbArgs> table, int unit_log2) {
   const Place place = place_of(table, blockIdx.x);
   const PerturbArgs& args = table.tensors[place.tensor];
-  const Window& window = args.window;
-  const Unit unit = unit_of_warp(window, unit_log2, place.block);
-  if (unit.row >= window.rows) return;
+  const Block& block = args.block;
+  const Unit unit = unit_of_warp(block, unit_log2, place.block);
+  if (unit.row >= block.rows) return;
   const Row<Src, Dst> row(args, unit.row);
   // The unit's first group may start before the unit.
-  const int64_t misfit = static_cast<int64_t>((window.col_offset + unit.begin) % 4);
+  const int64_t misfit = static_cast<int64_t>((block.col_offset + unit.begin) % 4);
   int64_t j = unit.begin - misfit + 4 * (threadIdx.x % kWarp);
   for (; j < unit.end; j += 4 * kWarp) {
     const int64_t begin = j < unit.begin ? unit.begin : j;
     const int64_t end = j + 4 < unit.end ? j + 4 : unit.end;
-    apply_scalar<Op, Elementwise>(row.weight, row.out, row.philox, window.col_offset, begin, end,
+    apply_scalar<Op, Elementwise>(row.weight, row.out, row.philox, block.col_offset, begin, end,
                                   row.c);
   }
 }
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
 static bool is_aligned(const PerturbArgs& args) {
   return is_vector_aligned(args.weight, args.weight_stride, args.weight_dtype) &&
          is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
-         args.window.col_offset % 4 == 0;
+         args.block.col_offset % 4 == 0;
 }
 
 template <class Op, class Src, class Dst, bool Elementwise>
@@ -97,7 +96,7 @@ template <class Launch>
 static void launch_tables(const std::vector<PerturbArgs>& tensors, int sm_count,
                           const Launch& launch) {
   const auto units = [](const PerturbArgs& args, int log2) {
-    return args.window.rows * units_per_row(args.window.cols, log2);
+    return args.block.rows * units_per_row(args.block.cols, log2);
   };
   int64_t long_units = 0;
   for (const PerturbArgs& args : tensors) long_units += units(args, kLongUnitLog2);

@@ -37,7 +37,7 @@ std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors
   std::vector<ResidualArgs> all;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const PerturbArgs& perturb = tensors[i];
-    const Chunks chunks{perturb.window.rows, perturb.window.cols};
+    const Chunks chunks{perturb.block.rows, perturb.block.cols};
     const ResidualParts parts = parts_of(residuals[i], chunks);
     all.push_back(
         {perturb, parts.header, parts.pool, parts.capacity, implementation, chunk_finder(chunks)});
@@ -47,7 +47,7 @@ std::vector<ResidualArgs> with_residuals(const std::vector<PerturbArgs>& tensors
 
 // What flatkern::Ops asks of a backend; the tensor that is written is first.
 struct Backend {
-  using Block = cuda::Window;
+  using Block = cuda::Block;
   using NoiseArgs = cuda::NoiseArgs;
   using PerturbArgs = cuda::PerturbArgs;
   using RowNormArgs = cuda::RowNormArgs;

@@ -9,9 +9,9 @@ __global__ void __launch_bounds__(kBeginThreads)
   __shared__ uint64_t partial[kBeginThreads];
   const ResidualArgs& args = table.tensors[blockIdx.x];
   const PerturbArgs& perturb = args.perturb;
-  const Window& window = perturb.window;
+  const Block& block = perturb.block;
   uint64_t sum = 0;
-  for (int64_t i = threadIdx.x; i < window.rows; i += kBeginThreads) {
+  for (int64_t i = threadIdx.x; i < block.rows; i += kBeginThreads) {
     sum += mixed_scale(perturb.row_scale[i], i);
   }
   partial[threadIdx.x] = sum;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kBeginThreads)
   }
   if (threadIdx.x != 0) return;
   const ResidualHeader now =
-      header_of(perturb, load_key(window.key), partial[0], args.implementation, args.capacity);
+      header_of(perturb, load_key(block.key), partial[0], args.implementation, args.capacity);
   const uint32_t refused = refusal_of(now, *args.header, restore);
   if (refused != 0) {
     args.header->refused = refused;

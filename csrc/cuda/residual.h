@@ -192,10 +192,10 @@ struct Tile {
       const uint32_t i = span.rows == 1 ? 0 : first / span.cols, j = first - i * span.cols;
       here = inside ? base + i * args.out_stride + j : nullptr;
       const int64_t row_index = span.row + i;
-      row = philox_row(load_key(args.window.key),
-                       static_cast<uint32_t>(args.window.row_offset + row_index));
+      row = philox_row(load_key(args.block.key),
+                       static_cast<uint32_t>(args.block.row_offset + row_index));
       c = row_scale_of(inside ? args.row_scale[row_index] : 0.0f);
-      group = static_cast<uint32_t>((args.window.col_offset + span.begin + j) / 4);
+      group = static_cast<uint32_t>((args.block.col_offset + span.begin + j) / 4);
     } else {
       for (uint32_t k = threadIdx.x; k < kChunk; k += kChunkThreads<T>) {
         staged->codes[k] = k < count ? code_of(*at(k)) : 0;
@@ -215,13 +215,13 @@ struct Tile {
   }
 
   __device__ __forceinline__ void stage_noise() const {
-    const uint64_t begin = args.window.col_offset + span.begin;
+    const uint64_t begin = args.block.col_offset + span.begin;
     const uint32_t misfit = static_cast<uint32_t>(begin % 4);
     const uint32_t cols = span.cols, groups = (misfit + cols + 3) / 4;
     for (uint32_t g = threadIdx.x; g < groups * span.rows; g += kChunkThreads<T>) {
       const uint32_t i = g / groups;
-      const PhiloxRow of = philox_row(load_key(args.window.key),
-                                      static_cast<uint32_t>(args.window.row_offset + span.row + i));
+      const PhiloxRow of = philox_row(load_key(args.block.key),
+                                      static_cast<uint32_t>(args.block.row_offset + span.row + i));
       const RowScale scale = row_scale_of(args.row_scale[span.row + i]);
       float e[4];
       scaled_group(of, static_cast<uint32_t>(begin / 4) + g % groups, scale.scale, e);
@@ -288,8 +288,8 @@ void launch_residual_begin(const std::vector<ResidualArgs>& tensors, bool restor
 inline bool takes_vectors(const PerturbArgs& args) {
   const bool wide = args.out_dtype == Dtype::kFloat32;
   return is_vector_aligned(args.out, args.out_stride, args.out_dtype) &&
-         args.window.col_offset % 4 == 0 &&
-         args.window.cols % (wide ? kThreadElements<float> : kThreadElements<BFloat16>) == 0;
+         args.block.col_offset % 4 == 0 &&
+         args.block.cols % (wide ? kThreadElements<float> : kThreadElements<BFloat16>) == 0;
 }
 
 template <class F>

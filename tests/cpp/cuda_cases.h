@@ -10,8 +10,8 @@
 inline constexpr int64_t kKey[] = {0x01234567, 0x89ABCDEF, 5, 0xFFFFFFFF};
 inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5EA);
 
-inline flatkern::cuda::Window window(int64_t rows, int64_t cols, uint64_t row_offset,
-                                     uint64_t col_offset) {
+inline flatkern::cuda::Block block_of(int64_t rows, int64_t cols, uint64_t row_offset,
+                                      uint64_t col_offset) {
   return {kKey, rows, cols, row_offset, col_offset};
 }
 
@@ -26,7 +26,7 @@ void launched(const F& call, size_t kernels) {
   }
 }
 
-inline std::vector<float> noise_of(const flatkern::cuda::Window& w, int sm_count) {
+inline std::vector<float> noise_of(const flatkern::cuda::Block& w, int sm_count) {
   check::Guarded out(w.rows * w.cols * 4);
   launched([&] { flatkern::cuda::launch_noise({w, out.data()}, sm_count, kStream); }, 1);
   const float* z = reinterpret_cast<const float*>(out.data());

@@ -14,7 +14,7 @@ namespace {
 
 const cpu::Kernels& host() { return *cpu::portable_kernels(); }
 
-cpu::Block on_host(const cuda::Window& w) {
+cpu::Block on_host(const cuda::Block& w) {
   return {{static_cast<uint32_t>(kKey[0]), static_cast<uint32_t>(kKey[1]),
            static_cast<uint32_t>(kKey[2]), static_cast<uint32_t>(kKey[3])},
           w.rows,
@@ -23,7 +23,7 @@ cpu::Block on_host(const cuda::Window& w) {
           w.col_offset};
 }
 
-std::vector<int64_t> words_of(const cuda::Window& w, int sm_count) {
+std::vector<int64_t> words_of(const cuda::Block& w, int sm_count) {
   Guarded out(w.rows * w.cols * 8);
   launched([&] { cuda::launch_philox_bits({w, out.data()}, sm_count, kStream); }, 1);
   const int64_t* words = reinterpret_cast<const int64_t*>(out.data());
@@ -37,13 +37,13 @@ constexpr uint64_t kOffsets[] = {0, 1, 2, 3, 4, 7, (1ull << 34) - 12292};
 void test_words_and_normals() {
   for (const int64_t cols : kColumns) {
     for (const uint64_t offset : kOffsets) {
-      const cuda::Window w = window(5, cols, (1ull << 32) - 5, offset);
+      const cuda::Block w = block_of(5, cols, (1ull << 32) - 5, offset);
       const cpu::NoiseArgs args{on_host(w), nullptr};
       std::vector<int64_t> words(w.rows * cols);
       std::vector<float> z(w.rows * cols);
       const int64_t units = w.rows * cpu::blocks_per_row(cols);
-      host().philox_bits({args.window, words.data()}, 0, units);
-      host().noise({args.window, z.data()}, 0, units);
+      host().philox_bits({args.block, words.data()}, 0, units);
+      host().noise({args.block, z.data()}, 0, units);
       const std::vector<float> once = noise_of(w, 132);
       int64_t far = 0;
       for (size_t i = 0; i < z.size(); ++i) far += !(std::fabs(once[i] - z[i]) <= 1e-5f);
@@ -56,7 +56,7 @@ void test_words_and_normals() {
   }
   // A block more, so that warps of a small grid walk through rows too.
   for (const int64_t cols : {5, 4100}) {
-    const cuda::Window w = window(41, cols, 3, 2);
+    const cuda::Block w = block_of(41, cols, 3, 2);
     CHECK(noise_of(w, 1) == noise_of(w, 132), "walks, %ld columns", cols);
     CHECK(words_of(w, 1) == words_of(w, 132), "walks, %ld columns", cols);
   }
@@ -117,7 +117,7 @@ struct Case {
 
 cuda::PerturbArgs args_of(const Case& c, const Matrix& weight, const Matrix& out,
                           const float* scales) {
-  return {window(c.rows, c.cols, 7, c.col_offset),
+  return {block_of(c.rows, c.cols, 7, c.col_offset),
           weight.at(0, 0),
           out.at(0, 0),
           c.from,
@@ -137,7 +137,7 @@ void check_case(const Case& c, bool wild) {
   Matrix weight(c.from, c.rows, c.cols, c.padding, c.shift);
   weight.fill(wild, 11);
   const std::vector<float> scales = scales_of(c.rows, c.cols);
-  const std::vector<float> z = noise_of(window(c.rows, c.cols, 7, c.col_offset), 132);
+  const std::vector<float> z = noise_of(block_of(c.rows, c.cols, 7, c.col_offset), 132);
   Matrix out(c.to, c.rows, c.cols, c.padding, c.shift);
   run(c, args_of(c, weight, out, scales.data()), 132);
   int64_t wrong = 0;
@@ -230,7 +230,7 @@ void test_paths() {
 void test_empty() {
   const float scale = 1.0f;
   for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{0, 5}, {5, 0}, {0, 0}}) {
-    const cuda::Window w = window(rows, cols, 0, 0);
+    const cuda::Block w = block_of(rows, cols, 0, 0);
     const cuda::PerturbArgs args = {w,    nullptr, nullptr, Dtype::kFloat32, Dtype::kFloat32, cols,
                                     cols, &scale,  false};
     launched([&] { cuda::launch_philox_bits({w, nullptr}, 132, kStream); }, 0);
@@ -247,11 +247,11 @@ void check_last_block(void (*launcher)(const cuda::NoiseArgs&, int, cudaStream_t
   const Guarded all(rows * cols * sizeof(T), 0, true), few(rows_of_block * cols * sizeof(T));
   const int enough = 100000000;
   emulator::first_block = INT64_MAX;
-  launched([&] { launcher({window(rows, cols, 0, 4), all.data()}, enough, kStream); }, 1);
+  launched([&] { launcher({block_of(rows, cols, 0, 4), all.data()}, enough, kStream); }, 1);
   emulator::first_block = emulator::launches.back().grid - 1;
-  launched([&] { launcher({window(rows, cols, 0, 4), all.data()}, enough, kStream); }, 1);
+  launched([&] { launcher({block_of(rows, cols, 0, 4), all.data()}, enough, kStream); }, 1);
   emulator::first_block = 0;
-  const cuda::Window last = window(rows_of_block, cols, rows - rows_of_block, 4);
+  const cuda::Block last = block_of(rows_of_block, cols, rows - rows_of_block, 4);
   launched([&] { launcher({last, few.data()}, 1, kStream); }, 1);
   const int64_t skipped = (rows - rows_of_block) * cols;
   CHECK(memcmp(all.data() + skipped * sizeof(T), few.data(), rows_of_block * cols * sizeof(T)) == 0,

@@ -86,7 +86,7 @@ void test_launches_of_a_model() {
       const int64_t rows = linear == 4 || linear == 5 ? 11008 : 4096;
       const int64_t cols = linear == 6 ? 11008 : 4096;
       cuda::PerturbArgs args{};
-      args.window = window(rows, cols, 0, 0);
+      args.block = block_of(rows, cols, 0, 0);
       args.weight_dtype = args.out_dtype = Dtype::kBFloat16;
       args.weight_stride = args.out_stride = cols;
       weights.push_back(args);
@@ -122,9 +122,9 @@ struct Weights {
       Matrix& weight = matrices.emplace_back(dtype, rows, cols, padding, i % 3 == 1);
       weight.fill(i % 2 == 0, i);
       scales.push_back(scales_of(rows, i));
-      args.push_back({window(rows, cols, 100 * i, 8 * i + i % 3), weight.at(0, 0), weight.at(0, 0),
-                      dtype, dtype, weight.stride, weight.stride, scales.back().data(),
-                      elementwise});
+      args.push_back({block_of(rows, cols, 100 * i, 8 * i + i % 3), weight.at(0, 0),
+                      weight.at(0, 0), dtype, dtype, weight.stride, weight.stride,
+                      scales.back().data(), elementwise});
     }
   }
 };

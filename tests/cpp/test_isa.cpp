@@ -47,12 +47,12 @@ std::vector<char> random_weights(int64_t count, Dtype dtype, bool tame, uint32_t
   return bytes;
 }
 
-Block window(int64_t cols, uint64_t col_offset) { return {kKey, kRows, cols, 7, col_offset}; }
+Block block_of(int64_t cols, uint64_t col_offset) { return {kKey, kRows, cols, 7, col_offset}; }
 int64_t units(int64_t cols) { return kRows * blocks_per_row(cols); }
 
 std::vector<float> noise_of(const Kernels& k, int64_t cols, uint64_t col_offset) {
   std::vector<float> out(kRows * cols);
-  k.noise({window(cols, col_offset), out.data()}, 0, units(cols));
+  k.noise({block_of(cols, col_offset), out.data()}, 0, units(cols));
   return out;
 }
 
@@ -60,8 +60,8 @@ std::vector<char> perturbed(const Kernels& k, bool restore, std::vector<char> we
                             Dtype to, int64_t cols, bool elementwise) {
   std::vector<float> scale = {0.5f, 1e-3f, 0.0f, -0.0f, NAN, INFINITY, 3e38f};
   std::vector<char> out(kRows * cols * size_of(to));
-  const PerturbArgs args = {window(cols, 2), weight.data(), out.data(), from, to, cols, cols,
-                            scale.data(),    elementwise};
+  const PerturbArgs args = {block_of(cols, 2), weight.data(), out.data(), from, to, cols, cols,
+                            scale.data(),      elementwise};
   (restore ? k.restore : k.perturb)(args, 0, units(cols));
   return out;
 }
@@ -102,8 +102,8 @@ void check_merged(const Kernels& k, const std::vector<char>& weight, Dtype dtype
   std::vector<float> scale = norms(k, weight, dtype, cols, a), returned(kRows);
   for (float& s : scale) s *= 0.01f;
   std::vector<char> parts(weight.size()), fused = weight;
-  PerturbArgs args = {window(cols, 0), weight.data(), parts.data(), dtype, dtype, cols, cols,
-                      scale.data(),    false};
+  PerturbArgs args = {block_of(cols, 0), weight.data(), parts.data(), dtype, dtype, cols, cols,
+                      scale.data(),      false};
   k.perturb(args, 0, units(cols));
   args.weight = args.out = fused.data();
   args.row_scale = nullptr;
