@@ -111,7 +111,7 @@ def with_residual(weights: list[Tensor], windows: int, tick: Callable[[], None])
         count_changed(layer.weight, weight) for layer, weight in zip(model, weights, strict=True)
     )
     elements = sum(weight.numel() for weight in weights)
-    held = sum(target.keeper.nbytes() for target in noise._targets)
+    held = sum(state.keeper.nbytes() for state in noise._states)
     return wrong, 8 * held / elements, 1e3 * seconds / windows
 
 

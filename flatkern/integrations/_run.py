@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from flatkern.integrations._forwards import TrainingForwards
 from flatkern.methods._contexts import still_statistics
-from flatkern.noise import Fisher, NoiseKey, WeightNoise, constant, cosine_ramp, linear_ramp, lpf
+from flatkern.noise import Fisher, WeightNoise, constant, cosine_ramp, linear_ramp, lpf
+from flatkern.noise.options import check_options
 from flatkern.noise.schedules import Schedule
-from flatkern.noise.scopes import SCOPES
-from flatkern.noise.strategies import STRATEGIES
-from flatkern.noise.window import MODES, RANKS, RESTORES
 from flatkern.ops import _check
 from flatkern.ops._keywords import known_keywords
 
@@ -67,8 +65,6 @@ class NoisyRun:
             TypeError, ValueError: an argument is of the wrong kind or value, or unknown.
         """
         self._op = type(self).__name__
-        _check.kinds(self._op, (float, int), sigma=sigma)
-        _check.finite(self._op, "sigma", sigma, minimum=0.0)
         if not callable(schedule):
             _check.one_of(self._op, ("constant", *_SCHEDULES), schedule=schedule)
         _check.kinds(self._op, bool, optional=True, measure=measure)
@@ -82,7 +78,7 @@ class NoisyRun:
             "ranks": ranks,
             "fisher": fisher,
         }
-        _check_options(self._op, **options)
+        check_options(self._op, sigma=sigma, **options)
         self._sigma = sigma
         self._schedule = schedule
         self._measure = self._measures if measure is None else measure
@@ -165,31 +161,6 @@ class NoisyRun:
             figures = figures if silent < len(self._noise.names) else {}
             figures["noise_silent_layers"] = silent
         return {name: float(value) for name, value in figures.items() if value is not None}
-
-
-def _check_options(
-    op: str,
-    *,
-    strategy: str,
-    scope: str,
-    mode: str,
-    restore: str | None,
-    seed: int,
-    ranks: str,
-    fisher: Fisher | None,
-) -> None:
-    """TypeError or ValueError unless `WeightNoise` will accept these; no model is needed."""
-    _check.one_of(op, tuple(STRATEGIES), strategy=strategy)
-    _check.one_of(op, SCOPES, scope=scope)
-    _check.one_of(op, MODES, mode=mode)
-    if restore is not None:
-        _check.one_of(op, RESTORES, restore=restore)
-    _check.one_of(op, RANKS, ranks=ranks)
-    NoiseKey(seed)
-    _check.kinds(op, Fisher, optional=True, fisher=fisher)
-    if (strategy == "fisher") != (fisher is not None):
-        accepted = "given with strategy 'fisher' and with no other"
-        _check.refuse(op, "fisher", accepted, fisher)
 
 
 def loss_rise(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatkern.nn.sites import mark_called
 from flatkern.ops._autocast import autocast_dtype
 from flatkern.ops._noisy_derivative import call_noisy_linear_backward, explained
 from flatkern.ops.noisy_linear import call_noisy_linear
@@ -234,7 +233,7 @@ def noisy_product(window: Any, x: Tensor, weight: Quantized) -> Tensor:
 
     In the layer's own compute dtype, returned in x's; without one, as nn.Linear under autocast.
     """
-    mark_called(window)
+    window.mark_called()
     dtype = weight.compute_dtype
     if dtype is None:
         dtype = autocast_dtype(x) or x.dtype

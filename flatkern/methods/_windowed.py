@@ -142,9 +142,10 @@ class Windowed(Method):
                 self._told = True
                 ramp = self.noise._sigma / sigma_t
                 parts = [
-                    (t.part.local, ramp * t.part.rows_of(t.row_scale), t.elementwise)
-                    for t in self.noise._targets
-                    if t.quantized is None
+                    (part.local, ramp * part.rows_of(state.row_scale), state.elementwise)
+                    for state in self.noise._states
+                    if state.target.quantized is None
+                    for part in [state.target.part]
                 ]
                 _rounding.tell_of_noise(type(self).__name__, parts, "noise of this sigma")
             yield

@@ -193,7 +193,7 @@ class LoRALinear(nn.Module):
         self.register_buffer("offset_B", None)
         # The weight's clean bits while it is merged; moves with the module, is never saved.
         self.register_buffer("_clean_weight", None, persistent=False)
-        # What this layer sees of an open window (`noise.targets.Target`): a plain object, so that
+        # What this layer sees of an open window (`noise.state.State`): a plain object, so that
         # no Module.to casts it and no state_dict names it.
         self._window: Any = None
         self._build_kind(**kind)

@@ -41,7 +41,7 @@ class Site(Protocol):
         scaling: s of W' = W + s B A.
         merged: whether `weight` holds W' at the moment.
         takes_shards: whether a window can show `weight` where it is a DTensor.
-        _window: the `Target` of the open window or None.
+        _window: the weight's `noise.state.State` while a window is open, or None.
     """
 
     weight: Tensor | None
@@ -76,14 +76,6 @@ def site_of(module: nn.Module) -> Site | None:
     return module if hasattr(type(module), "enter_window") else module.__dict__.get(ATTRIBUTE)
 
 
-def mark_called(window: Any) -> None:
-    """Note in the open window that this layer's product runs; compiled code does not note it."""
-    if not torch.compiler.is_compiling():
-        window.called = True
-    elif window.traced is not None:
-        window.traced()
-
-
 def noisy_product(
     window: Any,
     x: Tensor,
@@ -94,7 +86,7 @@ def noisy_product(
     scaling: float = 1.0,
 ) -> Tensor:
     """x (W_noisy + s B A)^T + b with the window's noise, in the dtype that nn.Linear would give."""
-    mark_called(window)
+    window.mark_called()
     sharded = window.sharded_linear
     if not (sharded or torch.compiler.is_compiling() or _are_functorch_transforms_active()):
         backend = window.backend

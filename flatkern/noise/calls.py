@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flatkern.nn.names import named_modules
+from flatkern.noise.state import State
 from flatkern.noise.targets import Target
 
 # The models of which a compiler has traced layers: compiled code leaves no mark.
@@ -46,8 +47,6 @@ class Calls:
         self._windows = 0
         sequences = {n for n, m in named_modules(model) if isinstance(m, nn.Sequential)}
         self._kinds = {target: _kind(target.name, sequences) for target in layers}
-        for target in layers:
-            target.traced = self._trace
 
     def watch(self, noisy: bool) -> None:
         """Note from here on whether the model's forward runs, or no longer."""
@@ -61,9 +60,10 @@ class Calls:
         """A window opens."""
         self._hook.ran = False
 
-    def end(self, op: str) -> None:
+    def end(self, op: str, states: list[State]) -> None:
         """A window whose noise is not zero closes; UserWarning, once for each silent layer."""
-        called = {target for target in self._unseen if target.called}
+        called = {state.target for state in states if state.called} if self._unseen else set()
+        called &= self._unseen
         self._unseen -= called
         self._kinds_seen |= {self._kinds[target] for target in called}
         gone = {target.name for target in called}
@@ -89,12 +89,13 @@ class Calls:
                 stacklevel=3,
             )
 
-    def _trace(self) -> None:
+    def trace(self) -> None:
+        """A compiler traces a layer's product."""
         _TRACED.add(self._model)
 
     # As torch.compiler.assume_constant_result does, which imports the compiler: run when a compiler
     # traces the call, and leave nothing of it in what is compiled.
-    _trace._dynamo_marked_constant = True
+    trace._dynamo_marked_constant = True
 
 
 def _kind(name: str, sequences: set[str]) -> str:

@@ -18,9 +18,9 @@ class Guard:
     # What torch asks of a state_dict hook that returns nothing.
     _from_public_api = True
 
-    def __init__(self, target: Any, module: nn.Module, parameter: str) -> None:
-        """Guard `parameter` of `module`, for a `Target`; nothing is put on it yet."""
-        self._target = target
+    def __init__(self, state: Any, module: nn.Module, parameter: str) -> None:
+        """Guard `parameter` of `module`, a weight's `State`; nothing is put on it yet."""
+        self._state = state
         self._parameter = parameter
         self._attributes = module.__dict__
         self._saving, self._loading = module._state_dict_hooks, module._load_state_dict_pre_hooks
@@ -45,8 +45,8 @@ class Guard:
     ) -> None:
         """Clean bits in the state_dict."""
         key = prefix + self._parameter
-        if self._target.perturbed and key in state_dict:
-            state_dict[key] = self._target.clean_weight()
+        if self._state.perturbed and key in state_dict:
+            state_dict[key] = self._state.clean_weight()
 
     def _refuse_load(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._require_clean("load_state_dict", f"{prefix}{self._parameter}")
@@ -54,14 +54,14 @@ class Guard:
     def _refuse_cast(self, *args: Any, **options: Any) -> None:
         """In place of the module's `_apply`, where the clean bits follow from the noisy ones."""
         hint = 'restore="snapshot" allows it; '
-        self._require_clean("casting or moving a module", self._target.name, hint)
+        self._require_clean("casting or moving a module", self._state.target.name, hint)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._require_clean("copying or pickling", self._target.name)
+        self._require_clean("copying or pickling", self._state.target.name)
         return super().__reduce_ex__(protocol)
 
     def _require_clean(self, action: str, name: str, hint: str = "") -> None:
-        if self._target.perturbed:
+        if self._state.perturbed:
             raise RuntimeError(
                 f"WeightNoise: {action} while in-place noise is written in {name}; "
                 f"{hint}close the window or use paused() (state_dict() is clean at any time)"

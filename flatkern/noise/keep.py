@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatkern import ops
+from flatkern._noise import Noise
 from flatkern.noise.rows import Rows
 from flatkern.ops._residual import EMPTY, FILLED, Header, all_done, header_of, raise_for, read_all
 from flatkern.ops.residual import is_available, is_filled, pool_need
 
+RESTORES = ("residual", "snapshot", "host")
 # Times the pool that a window was measured to need, and what chance may add to a small one.
 _SPARE = 1.1
 # Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
@@ -19,68 +21,66 @@ _PANEL = 2**20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Kept(NamedTuple):
-    """A weight in a window, with what its noise is made from and what keeps its clean bits."""
-
-    keeper: "Keeper"
-    weight: Tensor
-    row_scale: Tensor
-    key: Tensor
-    # The row scale of a window with the largest noise.
-    largest_scale: Callable[[], Tensor]
-    # The same for all that are done in one call.
-    elementwise: bool
-    # Where a shard begins in the whole weight.
-    row_offset: int = 0
-    col_offset: int = 0
-    # None: those of dim0 x rest.
-    rows: Rows | None = None
-
-
-class Keeper(Protocol):
+class Keeper:
     """Keeps one weight's clean bits, from `prepare` to `restore`, window after window.
 
-    What is done to many weights is done in a few calls: `kept` are those of one kind of keeper.
-    Every method may be interrupted and called again.
+    What is done to many weights is done in a few calls: they take keepers of one class, device and
+    form of noise, each bound to a weight. Every method may be interrupted and called again.
+
+    Attributes:
+        survives_casts: whether `restore` also serves a weight that was cast or moved since.
+        weight: where it lies, as dim0 x rest; of a sharded one this rank's part.
+        noise: that of the window.
+        largest_scale: makes the row scale of a window with the largest noise.
     """
 
-    # Whether `restore` also serves a weight that was cast or moved since.
-    survives_casts: bool
+    survives_casts = True
+    weight: Tensor
+    noise: Noise
+    largest_scale: Callable[[], Tensor]
+
+    def bind(self, weight: Tensor, noise: Noise, largest_scale: Callable[[], Tensor]) -> None:
+        """Keep the bits of this weight from now on; its values need not be in it yet."""
+        self.weight, self.noise, self.largest_scale = weight, noise, largest_scale
 
     @staticmethod
-    def prepare(kept: list[Kept]) -> None:
+    def prepare(keepers: list[Any]) -> None:
         """Take the room that windows with a row scale up to `largest_scale()` need."""
+        raise NotImplementedError
 
     @staticmethod
-    def perturb(kept: list[Kept]) -> None:
+    def perturb(keepers: list[Any]) -> None:
         """Write the noise, into one weight after the other where they overlap."""
+        raise NotImplementedError
 
     @staticmethod
-    def seal(kept: list[Kept]) -> None:
+    def seal(keepers: list[Any]) -> None:
         """Note what stands in the weights now that all of them are written."""
 
     @staticmethod
-    def written(kept: list[Kept]) -> list[bool]:
+    def written(keepers: list[Any]) -> list[bool]:
         """Whether each weight is known to be neither what `seal` saw nor clean."""
+        return [False] * len(keepers)
 
     @staticmethod
-    def restore(kept: list[Kept]) -> None:
+    def restore(keepers: list[Any]) -> None:
         """Bring back the clean bits, in the reverse order; nothing is done where they are there.
 
         RuntimeError for what `written` does not know beforehand; all other weights are restored.
         """
+        raise NotImplementedError
 
-    def clean(self, one: Kept) -> Tensor:
+    def clean(self) -> Tensor:
         """A copy of the clean weight."""
+        raise NotImplementedError
 
     def nbytes(self) -> int:
         """Bytes that are held."""
+        raise NotImplementedError
 
 
-class Snapshot:
+class Snapshot(Keeper):
     """A copy of the weight, on its device or in host memory."""
-
-    survives_casts = True
 
     def __init__(self, host: bool) -> None:
         """Host memory is pinned where the weight is on a GPU."""
@@ -90,50 +90,46 @@ class Snapshot:
         self._seal: tuple[torch.dtype, Tensor] | None = None
 
     @staticmethod
-    def prepare(kept: list[Kept]) -> None:
+    def prepare(keepers: list[Any]) -> None:
         """Copy the weights."""
-        weights = [one.weight for one in kept]
-        torch._foreach_copy_([one.keeper._room(one.weight) for one in kept], weights)
+        weights = [one.weight for one in keepers]
+        torch._foreach_copy_([one._room() for one in keepers], weights)
 
-    def _room(self, weight: Tensor) -> Tensor:
+    def _room(self) -> Tensor:
+        weight, copy = self.weight, self._copy
         device = torch.device("cpu") if self._host else weight.device
         like = (weight.shape, weight.dtype, device)
-        kept = self._copy
-        if kept is None or (kept.shape, kept.dtype, kept.device) != like:
+        if copy is None or (copy.shape, copy.dtype, copy.device) != like:
+            pinned = self._host and weight.is_cuda
             with torch.inference_mode(False):
-                self._copy = self._allocate(weight)
+                self._copy = torch.empty_like(weight, device=device, pin_memory=pinned)
         return self._copy
 
-    def _allocate(self, weight: Tensor) -> Tensor:
-        if not self._host:
-            return torch.empty_like(weight)
-        return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
-
     @staticmethod
-    def perturb(kept: list[Kept]) -> None:
+    def perturb(keepers: list[Any]) -> None:
         """Write the noise."""
-        ops.foreach_perturb_(*_operands(kept), **_options(kept))
+        ops.foreach_perturb_(*_lists(keepers), **_options(keepers))
 
     @staticmethod
-    def seal(kept: list[Kept]) -> None:
+    def seal(keepers: list[Any]) -> None:
         """Take sums of the bits; a CUDA graph that is being captured could not compare them."""
-        for one in kept:
+        for one in keepers:
             known = None if _is_capturing(one.weight) else (one.weight.dtype, checksums(one.weight))
-            one.keeper._seal = known
+            one._seal = known
 
     @staticmethod
-    def written(kept: list[Kept]) -> list[bool]:
+    def written(keepers: list[Any]) -> list[bool]:
         """Compare the sums, waiting once for each device; only where they differ, all bits."""
-        found = [False] * len(kept)
+        found = [False] * len(keepers)
         pairs: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = {}
-        for i, one in enumerate(kept):
-            seal, weight = one.keeper._seal, one.weight
+        for i, one in enumerate(keepers):
+            seal, weight = one._seal, one.weight
             if seal is None or _is_capturing(weight):
                 continue
             dtype, before = seal
             now = checksums(weight) if weight.dtype == dtype else None
             if now is None or now.shape != before.shape:
-                found[i] = one.keeper._was_written(one)
+                found[i] = one._was_written()
             else:
                 pairs.setdefault(weight.device, []).append((i, before.to(weight.device), now))
         for found_here in pairs.values():
@@ -141,31 +137,34 @@ class Snapshot:
             if not torch.equal(before, now):
                 for i, own, other in found_here:
                     if not torch.equal(own, other):
-                        found[i] = kept[i].keeper._was_written(kept[i])
+                        found[i] = keepers[i]._was_written()
         return found
 
-    def _was_written(self, one: Kept) -> bool:
+    def _was_written(self) -> bool:
         """Whether the weight is neither clean nor noisy, by making the noise once more.
 
         It may have been cast or moved, or be clean already after an interruption.
         """
-        weight = one.weight
+        weight = self.weight
         if weight.shape != self._copy.shape:
             return True
-        clean = self._copy.to(one.row_scale.device, copy=True)
+        clean = self._copy.to(self.noise.row_scale.device, copy=True)
         if _same_bits(clean.to(weight.device, weight.dtype), weight):
             return False
-        type(self).perturb([one._replace(weight=clean)])
+        self._add_noise(clean)
         return not _same_bits(clean.to(weight.device, weight.dtype), weight)
 
-    @staticmethod
-    def restore(kept: list[Kept]) -> None:
-        """Copy back."""
-        torch._foreach_copy_([one.weight for one in kept], [one.keeper._copy for one in kept])
+    def _add_noise(self, weight: Tensor) -> None:
+        ops.perturb_(weight, *self.noise.tensors, **self.noise.options)
 
-    def clean(self, one: Kept) -> Tensor:
+    @staticmethod
+    def restore(keepers: list[Any]) -> None:
+        """Copy back."""
+        torch._foreach_copy_([one.weight for one in keepers], [one._copy for one in keepers])
+
+    def clean(self) -> Tensor:
         """A copy of the copy; the module may have been cast or moved inside the window."""
-        return self._copy.to(one.weight.device, one.weight.dtype, copy=True)
+        return self._copy.to(self.weight.device, self.weight.dtype, copy=True)
 
     def nbytes(self) -> int:
         """The weight's size, once a window was open."""
@@ -175,26 +174,35 @@ class Snapshot:
 class ColumnSnapshot(Snapshot):
     """A copy of a weight whose rows are columns, which kernels have no scales for."""
 
+    def __init__(self, host: bool, rows: Rows) -> None:
+        """See `Snapshot`; `rows` says which columns belong together."""
+        super().__init__(host)
+        self._rows = rows
+
     @staticmethod
-    def perturb(kept: list[Kept]) -> None:
-        """Write the noise, in panels of bounded size; element by element as the kernels do."""
-        for one in kept:
-            matrix = one.weight.reshape(one.weight.shape[0], -1)
-            groups, width = one.rows.columns, one.rows.width
-            scale = torch.where(one.row_scale.isfinite(), one.row_scale, 0.0)
-            scale = scale.view(groups, -1).repeat_interleave(width, dim=1)
-            rows, cols = matrix.shape[0] // groups, matrix.shape[1]
-            step = max(_PANEL // max(cols, 1), 1)
-            for group in range(groups):
-                for begin in range(group * rows, (group + 1) * rows, step):
-                    panel = matrix[begin : min(begin + step, (group + 1) * rows)]
-                    e = ops.noise(len(panel), cols, one.key, row_offset=begin).mul_(scale[group])
-                    noisy = (panel + e).to(panel.dtype)
-                    fine = noisy.isfinite() & panel.isfinite()
-                    panel.copy_(torch.where(fine, noisy, panel))
+    def perturb(keepers: list[Any]) -> None:
+        """Write the noise."""
+        for one in keepers:
+            one._add_noise(one.weight)
+
+    def _add_noise(self, weight: Tensor) -> None:
+        """In panels of bounded size; element by element as the kernels do."""
+        row_scale, key = self.noise.tensors
+        groups, width = self._rows.columns, self._rows.width
+        scale = torch.where(row_scale.isfinite(), row_scale, 0.0)
+        scale = scale.view(groups, -1).repeat_interleave(width, dim=1)
+        rows, cols = weight.shape[0] // groups, weight.shape[1]
+        step = max(_PANEL // max(cols, 1), 1)
+        for group in range(groups):
+            for begin in range(group * rows, (group + 1) * rows, step):
+                panel = weight[begin : min(begin + step, (group + 1) * rows)]
+                e = ops.noise(len(panel), cols, key, row_offset=begin).mul_(scale[group])
+                noisy = (panel + e).to(panel.dtype)
+                fine = noisy.isfinite() & panel.isfinite()
+                panel.copy_(torch.where(fine, noisy, panel))
 
 
-class Residual:
+class Residual(Keeper):
     """What the noise takes from the weight, and no more: see `flatkern.ops.new_residual`."""
 
     survives_casts = False
@@ -203,9 +211,15 @@ class Residual:
         """Nothing is allocated before the first window."""
         self._residual: Tensor | None = None
         self._like: tuple | None = None
-        self._prepared: Kept | None = None
+        # For the weight that this is bound to.
+        self._prepared = False
         # The residual and a view of its header.
         self._viewed: tuple[Tensor | None, Tensor | None] = None, None
+
+    def bind(self, weight: Tensor, noise: Noise, largest_scale: Callable[[], Tensor]) -> None:
+        """As in `Keeper`; another weight may need another residual."""
+        super().bind(weight, noise, largest_scale)
+        self._prepared = False
 
     def header(self) -> Tensor:
         """A view of the residual's first bytes, made once."""
@@ -214,38 +228,38 @@ class Residual:
         return self._viewed[1]
 
     @staticmethod
-    def prepare(kept: list[Kept]) -> None:
+    def prepare(keepers: list[Any]) -> None:
         """Size the pools by a perturbation without one, which counts and writes no weight."""
-        for one in kept:
-            one.keeper._prepare(one)
+        for one in keepers:
+            one._prepare()
 
-    def _prepare(self, one: Kept) -> None:
-        weight, capturing = one.weight, _is_capturing(one.weight)
-        if one is self._prepared and not capturing:
+    def _prepare(self) -> None:
+        weight, capturing = self.weight, _is_capturing(self.weight)
+        if self._prepared and not capturing:
             return
         like = (weight.shape, weight.dtype, weight.device)
         if self._like in ((*like, capturing), (*like, True)):
-            self._prepared = one
+            self._prepared = True
             return
         with torch.inference_mode(False):
             # A CUDA graph that is being captured cannot count or grow: it takes the worst case.
             pool_bytes = None
             if not capturing:
                 counter = ops.new_residual(weight, 0)
-                options = {"residual": counter, **_single(one)}
-                ops.perturb_(weight, one.largest_scale(), one.key, **options)
+                largest = self.noise._replace(row_scale=self.largest_scale())
+                ops.perturb_(weight, *largest.tensors, **largest.options, residual=counter)
                 pool_bytes = _room_for(pool_need(counter)[0] // 4)
             self._residual = ops.new_residual(weight, pool_bytes)
         self._like = (*like, capturing)
 
     @staticmethod
-    def perturb(kept: list[Kept]) -> None:
+    def perturb(keepers: list[Any]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
-        ops.foreach_perturb_(*_operands(kept), **_options(kept), residuals=_residuals(kept))
-        if _all_done(kept, FILLED):
+        _perturb(keepers)
+        if _all_done(keepers, FILLED):
             return
         again, storages = [], set()
-        for one, header in zip(kept, _headers(kept), strict=True):
+        for one, header in zip(keepers, _headers(keepers), strict=True):
             storage = one.weight.untyped_storage().data_ptr()
             short = header is not None and header.clean and not header.refused
             if header is not None and not short:
@@ -262,29 +276,18 @@ class Residual:
             if header is not None and header.clean:
                 with torch.inference_mode(False):
                     pool_bytes = _room_for(header.asked)
-                    one.keeper._residual = ops.new_residual(one.weight, pool_bytes)
-        ops.foreach_perturb_(*_operands(redone), **_options(redone), residuals=_residuals(redone))
+                    one._residual = ops.new_residual(one.weight, pool_bytes)
+        _perturb(redone)
         for header in _headers(redone):
             if header is not None:
                 raise_for("perturb_", header)
 
     @staticmethod
-    def seal(kept: list[Kept]) -> None:
-        """The residual has a check word for each chunk of its weight."""
-
-    @staticmethod
-    def written(kept: list[Kept]) -> list[bool]:
-        """`restore` finds out."""
-        return [False] * len(kept)
-
-    @staticmethod
-    def restore(kept: list[Kept]) -> None:
-        """Decode in place."""
-        filled = kept[::-1]
+    def restore(keepers: list[Any]) -> None:
+        """Decode in place; a check word for each chunk says whether something else wrote there."""
+        filled = keepers[::-1]
         for _ in range(2):
-            ops.foreach_restore_(
-                *_operands(filled), **_options(filled), residuals=_residuals(filled)
-            )
+            ops.foreach_restore_(*_lists(filled), **_options(filled), residuals=_residuals(filled))
             if _all_done(filled, EMPTY):
                 return
             # Interrupted before, some are restored or were never perturbed. Where the kernels do
@@ -295,11 +298,11 @@ class Residual:
         for _, header in left:
             raise_for("restore_", header)
 
-    def clean(self, one: Kept) -> Tensor:
+    def clean(self) -> Tensor:
         """Decode a copy."""
-        copy, residual = one.weight.clone(), self._residual.clone()
+        copy, residual = self.weight.clone(), self._residual.clone()
         if is_filled(residual):
-            ops.restore_(copy, one.row_scale, one.key, residual=residual, **_single(one))
+            ops.restore_(copy, *self.noise.tensors, residual=residual, **self.noise.options)
         return copy
 
     def nbytes(self) -> int:
@@ -315,47 +318,47 @@ def _room_for(words: int) -> int:
     return int(4 * _SPARE * (words + 4 * math.sqrt(words)))
 
 
-def _operands(kept: list[Kept]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _lists(keepers: list[Keeper]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Weights, row scales and keys."""
-    return [one.weight for one in kept], [one.row_scale for one in kept], [one.key for one in kept]
+    noises = [one.noise for one in keepers]
+    return [one.weight for one in keepers], [n.row_scale for n in noises], [n.key for n in noises]
 
 
-def _options(kept: list[Kept]) -> dict[str, Any]:
+def _options(keepers: list[Keeper]) -> dict[str, Any]:
     return {
-        "elementwise": kept[0].elementwise if kept else False,
-        "row_offsets": [one.row_offset for one in kept],
-        "col_offsets": [one.col_offset for one in kept],
+        "elementwise": bool(keepers) and keepers[0].noise.elementwise,
+        "row_offsets": [one.noise.row_offset for one in keepers],
+        "col_offsets": [one.noise.col_offset for one in keepers],
         "checked": True,
     }
 
 
-def _single(one: Kept) -> dict[str, Any]:
-    names = ("elementwise", "row_offset", "col_offset")
-    return {name: getattr(one, name) for name in names}
+def _residuals(keepers: list[Residual]) -> list[Tensor]:
+    return [one._residual for one in keepers]
 
 
-def _residuals(kept: list[Kept]) -> list[Tensor]:
-    return [one.keeper._residual for one in kept]
+def _perturb(keepers: list[Residual]) -> None:
+    ops.foreach_perturb_(*_lists(keepers), **_options(keepers), residuals=_residuals(keepers))
 
 
-def _headers(kept: list[Kept]) -> list[Header | None]:
+def _headers(keepers: list[Residual]) -> list[Header | None]:
     """With one copy to the host for each device; None where a CUDA graph is being captured."""
-    headers: list[Header | None] = [None] * len(kept)
-    readable = [i for i, one in enumerate(kept) if not _is_capturing(one.weight)]
-    for device in {kept[i].weight.device for i in readable}:
-        here = [i for i in readable if kept[i].weight.device == device]
-        found = read_all([kept[i].keeper._residual for i in here])
+    headers: list[Header | None] = [None] * len(keepers)
+    readable = [i for i, one in enumerate(keepers) if not _is_capturing(one.weight)]
+    for device in {keepers[i].weight.device for i in readable}:
+        here = [i for i in readable if keepers[i].weight.device == device]
+        found = read_all([keepers[i]._residual for i in here])
         for i, header in zip(here, found, strict=True):
             headers[i] = header
     return headers
 
 
-def _all_done(kept: list[Kept], state: int) -> bool:
+def _all_done(keepers: list[Residual], state: int) -> bool:
     """Whether every residual says that all of its weight is done, with one copy to the host.
 
     One whose kernels a CUDA graph only records says nothing.
     """
-    headers = [one.keeper.header() for one in kept if not _is_capturing(one.weight)]
+    headers = [one.header() for one in keepers if not _is_capturing(one.weight)]
     return all_done(headers, state)
 
 
@@ -386,8 +389,9 @@ def keeper_of(
     None takes a residual where the backend has kernels for it. The reference, which takes
     full-size temporaries anyway, takes a snapshot.
     """
+    host = restore == "host"
     if rows.columns:
-        return before if isinstance(before, ColumnSnapshot) else ColumnSnapshot(restore == "host")
+        return before if isinstance(before, ColumnSnapshot) else ColumnSnapshot(host, rows)
     if restore == "residual" or (restore is None and is_available(weight, native=True)):
         return before if isinstance(before, Residual) else Residual()
-    return before if type(before) is Snapshot else Snapshot(host=restore == "host")
+    return before if type(before) is Snapshot else Snapshot(host)

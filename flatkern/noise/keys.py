@@ -5,6 +5,11 @@ from dataclasses import astuple, dataclass, fields
 import torch
 from torch import Tensor
 
+from flatkern.ops import _check
+
+RANKS = ("same", "independent")
+_DRAWS = 2**16
+
 
 @dataclass(frozen=True)
 class NoiseKey:
@@ -30,3 +35,18 @@ class NoiseKey:
     def to(self, device: torch.device | str) -> Tensor:
         """The int64 [4] tensor that the ops take."""
         return torch.tensor(astuple(self), dtype=torch.int64, device=device)
+
+
+def draw_word(op: str, draw: int, ranks: str) -> int:
+    """rank * 2^16 + draw, with rank 0 where all ranks see the same noise.
+
+    Raises:
+        TypeError, ValueError: `draw` is not an int in [0, 2^16).
+    """
+    _check.kinds(op, int, draw=draw)
+    if not 0 <= draw < _DRAWS:
+        _check.refuse(op, "draw", f"in [0, {_DRAWS})", draw)
+    independent = ranks == "independent" and torch.distributed.is_available()
+    if independent and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() * _DRAWS + draw
+    return draw

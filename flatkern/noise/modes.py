@@ -1,4 +1,4 @@
-"""Which mode a window takes when `WeightNoise(mode="auto")` leaves it to the rule."""
+"""Modes: which there are, which a window takes if the rule decides, what they cannot write."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,18 @@ from flatkern.noise.targets import Target
 from flatkern.ops import _check
 from flatkern.ops.residual import is_available
 
+MODES = ("virtual", "inplace", "auto")
 # In place from so many micro-batches on: a window in place costs about what noise costs a virtual
 # one in two of them (docs/modes.md).
 INPLACE_FROM = 3
+
+
+def mode_for(op: str, mode: str, micro_batches: int, targets: list[Target]) -> str:
+    """The mode of a window that so many passes share, of a `WeightNoise` with this mode."""
+    _check.kinds(op, int, micro_batches=micro_batches)
+    if micro_batches < 1:
+        _check.refuse(op, "micro_batches", "at least 1", micro_batches)
+    return best_mode(micro_batches, all_writable(targets)) if mode == "auto" else mode
 
 
 def best_mode(micro_batches: int, writable: bool) -> str:

@@ -7,30 +7,36 @@ from typing import Any
 from torch import Tensor
 
 from flatkern.noise.strategies import STRATEGIES
+from flatkern.noise.targets import Target
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
 
 
 class Scales:
-    """The row scales of targets, as lists that serve until a weight is replaced, moved or cast."""
+    """The row scales of weights, as lists that serve until one is replaced, moved or cast."""
 
-    def __init__(self, targets: list[Any], out: list[Tensor] | None = None) -> None:
-        """Write into `out`, or into the targets' own."""
-        self._targets = targets
-        self._out = [target.row_scale for target in targets] if out is None else out
-        where = dict(zip(targets, self._out, strict=True))
+    def __init__(self, states: list[Any], out: list[Tensor] | None = None) -> None:
+        """Write into `out`, or into those of the windows' `State` of each weight."""
+        own = [state.row_scale for state in states] if out is None else out
+        self._divided = [
+            (state.target, scale)
+            for state, scale in zip(states, own, strict=True)
+            if state.target.fisher is not None
+        ]
+        where = dict(zip(states, own, strict=True))
         self._groups = []
         # By a group's first target, its adapters that passed the checks.
-        self._checked: dict[Any, list[int]] = {}
-        for (strategy, merged, *_), group in grouped(targets, _scaled_alike):
+        self._checked: dict[Target, list[int]] = {}
+        for (strategy, merged, *_), group in grouped(states, _scaled_alike):
+            targets = [state.target for state in group]
             # Quantised weights and shards are looked at anew in each window.
-            weights = [target.by_row for target in group] if group[0].by_row is not None else None
-            sites = [target.layers[0] for target in group] if merged else []
-            own = [where[target] for target in group]
-            self._groups.append((STRATEGIES[strategy], group, own, weights, sites))
+            weights = [state.by_row for state in group] if group[0].by_row is not None else None
+            sites = [target.layers[0] for target in targets] if merged else []
+            scales = [where[state] for state in group]
+            self._groups.append((STRATEGIES[strategy], targets, scales, weights, sites))
 
-    def _check(self, group: list[Any], operands: list[tuple[Tensor, Tensor, float]]) -> None:
+    def _check(self, group: list[Target], operands: list[tuple[Tensor, Tensor, float]]) -> None:
         """The adapters, where they are others than those that were checked before."""
         now = [id(part) for pair in operands for part in pair[:2]]
         if now == self._checked.get(group[0]):
@@ -54,23 +60,22 @@ class Scales:
                 [scaling for _, _, scaling in operands] or [1.0] * len(group),
                 sigma,
             )
-        for target, out in zip(self._targets, self._out, strict=True):
-            if target.fisher is not None:
-                out.copy_(target.fisher.divide(target.name, out))
+        for target, scale in self._divided:
+            scale.copy_(target.fisher.divide(target.name, scale))
 
 
-def _scaled_alike(target: Any) -> tuple[Hashable, ...]:
+def _scaled_alike(state: Any) -> tuple[Hashable, ...]:
     """What weights have in common whose scales are found in one call: quantised ones one by one,
     because their elements take memory.
     """
+    target, plain = state.target, state.by_row is not None
     number = None if target.quantized is None else target.number
-    plain = target.by_row is not None
-    return target.strategy, target.merged, number, plain, target.backend, target.key.device
+    return target.strategy, target.merged, number, plain, state.backend, state.key.device
 
 
-def grouped(targets: list[Any], kind: Callable[[Any], Hashable]) -> list[tuple[Any, list[Any]]]:
-    """The targets of each kind, in order."""
+def grouped(states: list[Any], kind: Callable[[Any], Hashable]) -> list[tuple[Any, list[Any]]]:
+    """Those of each kind, in order."""
     groups: dict[Hashable, list[Any]] = {}
-    for target in targets:
-        groups.setdefault(kind(target), []).append(target)
+    for state in states:
+        groups.setdefault(kind(state), []).append(state)
     return list(groups.items())

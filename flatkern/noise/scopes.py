@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from flatkern.nn import shards
 from flatkern.nn.names import named_modules, named_parameters
 from flatkern.nn.sites import Site, site_of
+from flatkern.noise.fisher import Fisher
 from flatkern.noise.numbers import ADAPTERS, tensor_numbers
 from flatkern.noise.rows import rows_of
 from flatkern.noise.targets import Target
@@ -20,7 +21,12 @@ _ALIKE = ("gaussian", "element")
 
 
 def collect(
-    op: str, model: nn.Module, scope: str, strategy: str
+    op: str,
+    model: nn.Module,
+    scope: str,
+    strategy: str,
+    restore: str | None,
+    fisher: Fisher | None,
 ) -> tuple[list[Target], dict[str, str]]:
     """The weights in scope, each tensor once, in the model's order; and why others are left out.
 
@@ -81,8 +87,8 @@ def collect(
                 require_whole(op, f"{part} of {name}", adapter)
         apart = merged and len(base) > 1 and own not in _ALIKE
         for sites in [[site] for site in base] if apart else [base]:
-            operands = name, numbers[name], sites, owners[id(weight)], own, merged, rows
-            targets.append(Target(*operands))
+            found = name, numbers[name], sites, owners[id(weight)], own, merged, rows
+            targets.append(Target(*found, restore, fisher))
     return targets, skipped
 
 

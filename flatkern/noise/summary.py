@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable
 
-from flatkern.noise.targets import Target
+from flatkern.noise.state import State
 
 
 def summarise(
-    targets: list[Target], mode: str, silent: Iterable[str], skipped: dict[str, str]
+    states: list[State], mode: str, silent: Iterable[str], skipped: dict[str, str]
 ) -> str:
-    """A line for each target, then the totals.
+    """A line for each weight, then the totals.
 
     Args:
-        targets: of one `WeightNoise`.
+        states: of the weights of one `WeightNoise`.
         mode: of the `WeightNoise`.
         silent: the names of those that no window has reached.
         skipped: why a parameter in scope takes no noise, by its name.
@@ -19,7 +19,8 @@ def summarise(
     rows = []
     elements = operand_bytes = kept_bytes = 0
     silent, first = set(silent), {}
-    for target in targets:
+    for state in states:
+        target = state.target
         shape, quantized = target.shape, target.quantized
         dtype = str(target.weight.dtype).removeprefix("torch.")
         stored = dtype if quantized is None else quantized.format
@@ -32,7 +33,7 @@ def summarise(
             elements += shape.numel()
         # float32 for every row and one key of four int64.
         operand_bytes += 4 * target.rows.count(shape) + 32
-        kept_bytes += target.keeper.nbytes() if target.keeper is not None else 0
+        kept_bytes += state.keeper.nbytes() if state.keeper is not None else 0
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -40,7 +41,7 @@ def summarise(
     ]
     total = f"{len(rows)} weights, {elements:,} elements; {operand_bytes:,} bytes of row scales "
     total += "and keys"
-    if not all(target.is_virtual(mode) for target in targets):
+    if not all(state.target.is_virtual(mode) for state in states):
         total += f", {kept_bytes:,} bytes of clean bits"
     if skipped:
         total += "; no noise on " + ", ".join(f"{name} ({why})" for name, why in skipped.items())

@@ -4,7 +4,6 @@ import contextlib
 
 from torch import Tensor, nn
 
-from flatkern import _backend
 from flatkern.nn import shards
 from flatkern.nn.names import named_parameters
 from flatkern.noise.calls import Calls
@@ -12,17 +11,9 @@ from flatkern.noise.changes import Places, Seen, check_shards, check_weights
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.modes import check_mode
+from flatkern.noise.scales import Scales
 from flatkern.noise.scopes import collect
-from flatkern.noise.targets import (
-    WRITTEN,
-    Scales,
-    Target,
-    allocate,
-    fits,
-    hide,
-    show,
-    written_inside,
-)
+from flatkern.noise.state import WRITTEN, State, allocate, hide, show, written_inside
 from flatkern.ops._library import bump_versions
 
 _OP = "WeightNoise"
@@ -39,6 +30,7 @@ class Weights:
 
     Attributes:
         targets: in the model's order.
+        states: what windows do to each.
         skipped: why a parameter in scope takes no noise, by its name.
         calls: which layers have been called in windows.
     """
@@ -65,17 +57,16 @@ class Weights:
         self._look()
 
     def _look(self) -> None:
-        targets, skipped = collect(_OP, self._model, self._scope, self._strategy)
+        wanted = self._scope, self._strategy, self._restore, self._fisher
+        targets, skipped = collect(_OP, self._model, *wanted)
         if not targets:
             what, hint = _NEEDED.get(self._scope, ("parameters", ""))
             raise ValueError(f"{_OP}: model must have {what}, got nothing to perturb{hint}")
-        for target in targets:
-            target.restore = self._restore
-            target.fisher = self._fisher
         check_shards(_OP, targets, self._ranks)
         check_mode(_OP, self._mode, targets)
         self.targets, self.skipped = targets, skipped
         self.calls = Calls(self._model, targets)
+        self.states = [State(target, self.calls.trace) for target in targets]
         self._sites = [
             (layer, f"open on {target.name}") for target in targets for layer in target.layers
         ]
@@ -130,26 +121,26 @@ class Weights:
     def enter(self, key: NoiseKey, sigma_t: float, largest: float) -> None:
         """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
         if not self._are_where_they_were:
-            if not all(map(fits, self.targets)):
-                self._tables = allocate(self.targets)
-            for target in self.targets:
-                target.serve(_backend.resolve(target.weight.device.type, target.dtype))
-            self._scales = Scales(self.targets)
+            if not all(state.fits() for state in self.states):
+                self._tables = allocate(self.states)
+            for state in self.states:
+                state.serve()
+            self._scales = Scales(self.states)
             self._places.note()
         for table in self._tables:
             for column, word in enumerate((key.seed, key.step, key.draw)):
                 table[:, column] = word
         self._scales.write(sigma_t)
         largest = max(sigma_t, largest)
-        for target in self.targets:
-            target.enter(largest)
+        for state in self.states:
+            state.enter(largest)
         self.calls.begin()
 
     def show(self, mode: str) -> None:
         """Let the model see the noise."""
         shards.reshard(self._model)
-        show(self.targets, mode)
-        self.calls.watch(any(target.noisy for target in self.targets))
+        show(self.states, mode)
+        self.calls.watch(any(state.noisy for state in self.states))
 
     def resume(self, mode: str) -> None:
         """`show` again after `hide`.
@@ -166,7 +157,7 @@ class Weights:
         """Let the model see the clean weights."""
         shards.reshard(self._model)
         self.calls.watch(False)
-        hide(self.targets)
+        hide(self.states)
 
     def leave(self) -> None:
         """Clean weights and no window; where it is interrupted, calling it again continues.
@@ -179,16 +170,17 @@ class Weights:
             self.hide()
         # From here on a backward through the window raises.
         bump_versions(self._tables)
-        failed: dict[Target, Exception] = {}
+        failed: dict[State, Exception] = {}
         # Backwards, so that weights which overlap in memory come out right as well.
-        for target in reversed(self.targets):
+        for state in reversed(self.states):
             try:
-                target.leave() if target.perturbed else target.exit()
+                state.leave()
             except Exception as error:  # the other weights must be restored all the same
-                failed[target] = error
+                failed[state] = error
         if not failed:
             return
-        written = [t.name for t in self.targets if t in failed and WRITTEN in str(failed[t])]
+        lost = [state for state in self.states if WRITTEN in str(failed.get(state))]
+        written = [state.target.name for state in lost]
         error = next(iter(failed.values()))
         if written:
             raise RuntimeError(written_inside(list(dict.fromkeys(written)))) from error
@@ -196,7 +188,7 @@ class Weights:
 
     def abandon(self) -> list[str]:
         """Leave what stands in the weights that `leave` cannot restore; return their names."""
-        kept = [target for target in self.targets if target.perturbed]
-        for target in kept:
-            target.abandon()
-        return list(dict.fromkeys(target.name for target in kept))
+        kept = [state for state in self.states if state.perturbed]
+        for state in kept:
+            state.abandon()
+        return list(dict.fromkeys(state.target.name for state in kept))

@@ -8,26 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flatkern.noise import registry
 from flatkern.noise.fisher import Fisher
-from flatkern.noise.keys import NoiseKey
-from flatkern.noise.modes import all_writable, best_mode
+from flatkern.noise.keys import NoiseKey, draw_word
+from flatkern.noise.modes import mode_for
+from flatkern.noise.options import check_options
 from flatkern.noise.schedules import Schedule, factor_at, schedule_of
-from flatkern.noise.scopes import SCOPES, warn_of
-from flatkern.noise.strategies import STRATEGIES
+from flatkern.noise.scopes import warn_of
+from flatkern.noise.state import State
 from flatkern.noise.summary import summarise
 from flatkern.noise.targets import Target
 from flatkern.noise.weights import Weights
 from flatkern.ops import _check
 
 _OP = "WeightNoise"
-MODES = ("virtual", "inplace", "auto")
-RESTORES = ("residual", "snapshot", "host")
-RANKS = ("same", "independent")
-_DRAWS = 2**16
 
 
 @dataclass
@@ -116,19 +112,9 @@ class WeightNoise:
             UserWarning: weights in scope that take no noise (complex, quantised), by name.
         """
         _check.kinds(_OP, nn.Module, model=model)
-        _check.kinds(_OP, (float, int), sigma=sigma)
-        _check.finite(_OP, "sigma", sigma, minimum=0.0)
-        _check.one_of(_OP, tuple(STRATEGIES), strategy=strategy)
-        _check.one_of(_OP, SCOPES, scope=scope)
-        _check.one_of(_OP, MODES, mode=mode)
-        if restore is not None:
-            _check.one_of(_OP, RESTORES, restore=restore)
-        _check.one_of(_OP, RANKS, ranks=ranks)
-        NoiseKey(seed)
-        _check.kinds(_OP, Fisher, optional=True, fisher=fisher)
-        if (strategy == "fisher") != (fisher is not None):
-            accepted = "given with strategy 'fisher' and with no other"
-            _check.refuse(_OP, "fisher", accepted, fisher)
+        options = {"scope": scope, "strategy": strategy, "mode": mode, "restore": restore}
+        options |= {"ranks": ranks, "fisher": fisher}
+        check_options(_OP, sigma=sigma, seed=seed, **options)
         self._open: _Open | None = None
         self._sigma = sigma
         self._strategy = strategy
@@ -138,8 +124,7 @@ class WeightNoise:
         self._seed = seed
         self._ranks = ranks
         self._next_step = 0
-        options = {"scope": scope, "strategy": strategy, "mode": mode, "restore": restore}
-        self._weights = Weights(model, **options, ranks=ranks, fisher=fisher)
+        self._weights = Weights(model, **options)
         warn_of(_OP, self._weights.skipped, stacklevel=2)
 
     @contextlib.contextmanager
@@ -178,9 +163,9 @@ class WeightNoise:
         self._require_closed("open")
         advances = step is None
         step = self._next_step if step is None else step
-        key = NoiseKey(self._seed, step, self._draw_word(draw))
+        key = NoiseKey(self._seed, step, draw_word(_OP, draw, self._ranks))
         sigma_t = self._sigma_at(step)
-        mode = self._mode_for(micro_batches)
+        mode = mode_for(_OP, self._mode, micro_batches, self._targets)
         registry.require_free(_OP, self)
         self._weights.check()
         self._open = _Open(step, sigma_t, advances, mode)
@@ -214,7 +199,7 @@ class WeightNoise:
         if window.advances:
             self._next_step = window.step + 1
         if window.sigma_t > 0:
-            self._weights.calls.end(_OP)
+            self._weights.calls.end(_OP, self._states)
 
     def discard(self) -> list[str]:
         """End the window although something else wrote weights inside it, and keep what stands.
@@ -300,7 +285,7 @@ class WeightNoise:
 
     def summary(self) -> str:
         """One line per weight (name, dtype, shape, tensor number, mode), then totals and bytes."""
-        return summarise(self._targets, self._mode, self.silent, self._weights.skipped)
+        return summarise(self._states, self._mode, self.silent, self._weights.skipped)
 
     def __repr__(self) -> str:
         """The arguments that say what noise this is, and where it stands."""
@@ -340,23 +325,6 @@ class WeightNoise:
         if self._open is not None:
             raise RuntimeError(f"{_OP}: {action} while a window is open; close it first")
 
-    def _mode_for(self, micro_batches: int) -> str:
-        _check.kinds(_OP, int, micro_batches=micro_batches)
-        if micro_batches < 1:
-            _check.refuse(_OP, "micro_batches", "at least 1", micro_batches)
-        if self._mode != "auto":
-            return self._mode
-        return best_mode(micro_batches, all_writable(self._targets))
-
-    def _draw_word(self, draw: int) -> int:
-        _check.kinds(_OP, int, draw=draw)
-        if not 0 <= draw < _DRAWS:
-            _check.refuse(_OP, "draw", f"in [0, {_DRAWS})", draw)
-        independent = self._ranks == "independent" and torch.distributed.is_available()
-        if independent and torch.distributed.is_initialized():
-            return torch.distributed.get_rank() * _DRAWS + draw
-        return draw
-
     def _sigma_at(self, step: int) -> float:
         sigma_t = factor_at(_OP, self._schedule, step) * self._sigma
         if not math.isfinite(sigma_t):
@@ -366,6 +334,10 @@ class WeightNoise:
     @property
     def _targets(self) -> list[Target]:
         return self._weights.targets
+
+    @property
+    def _states(self) -> list[State]:
+        return self._weights.states
 
     def row_squares(self, name: str, gradient: Tensor) -> Tensor:
         """The sum of squares of a gradient over each row of weight `name`, as its scale has rows.

@@ -121,7 +121,7 @@ def scales_of_whole_rows(cut, rank, folder):
         for model in (make_model(), CUTS[cut](make_model())):
             noise = flatkern.WeightNoise(model, sigma=0.3, strategy=strategy)
             with noise.window():
-                scales.append([target.row_scale.clone() for target in noise._targets])
+                scales.append([state.row_scale.clone() for state in noise._states])
         for index, (right, found) in enumerate(zip(*scales, strict=True)):
             columns = cut in ("tp", "both") and index == 1
             assert bits_apart(right, found) <= int(columns), (strategy, index)
@@ -249,7 +249,7 @@ def ddp(ranks, rank, folder):
         assert_trained_alike(found, train(reference, alone, batch_of), dist.get_world_size())
     with noise.window(step=5), alone.window(step=5, draw=rank * 0):
         keys = [None] * dist.get_world_size()
-        dist.all_gather_object(keys, [target.key.tolist() for target in noise._targets])
+        dist.all_gather_object(keys, [state.key.tolist() for state in noise._states])
     expected_draws = [0 if ranks == "same" else r * 2**16 for r in range(len(keys))]
     assert [key[0][2] for key in keys] == expected_draws
     state = [None] * dist.get_world_size()

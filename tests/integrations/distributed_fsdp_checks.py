@@ -63,11 +63,9 @@ def fsdp_mixed_precision(mode, rank, folder):
     with flatkern.WeightNoise(model, **options).window(), torch.no_grad():
         seen = layer(torch.eye(IN)).t()
     with alone.window():
-        target, clean = alone._targets[0], alone._targets[0].clean_weight()
+        state, clean = alone._states[0], alone._states[0].clean_weight()
         before, after = (torch.bfloat16, None) if mode == "virtual" else (None, torch.bfloat16)
-        expected = flatkern.ops.perturb(
-            clean.to(before or clean.dtype), target.row_scale, target.key
-        )
+        expected = flatkern.ops.perturb(clean.to(before or clean.dtype), state.row_scale, state.key)
     assert seen.dtype == torch.bfloat16
     assert torch.equal(seen, expected.to(after or expected.dtype))
 

@@ -188,7 +188,7 @@ def peft_noise_is_the_unsharded_noise(cut, rank, folder):
     for each in (reference, model):
         noise = attach(each, sigma=0.3)
         with noise.window():
-            scales.append([target.row_scale.clone() for target in noise._targets])
+            scales.append([state.row_scale.clone() for state in noise._states])
     for index, (right, found) in enumerate(zip(*scales, strict=True)):
         columns = cut in ("tp", "both") and index == 1
         assert bits_apart(right, found) <= int(columns), index

@@ -486,7 +486,7 @@ def test_a_scaling_that_is_a_tensor_counts():
             prepare_model_for_compiled_hotswap(model)
         noise = attach(model, SIGMA)
         with noise.window():
-            scales.append(noise._targets[0].row_scale.clone())
+            scales.append(noise._states[0].row_scale.clone())
     assert torch.equal(*scales)
 
 

@@ -7,7 +7,7 @@ from noisy_models import assert_clean, clean_weights, make_model
 from torch import nn
 
 import flatkern
-from flatkern.noise import changes, targets
+from flatkern.noise import changes, state
 from flatkern.ops import _lists
 
 
@@ -48,8 +48,10 @@ def test_weights_are_looked_at_once(monkeypatch, mode):
     model = make_model()
     noise = flatkern.WeightNoise(model, mode=mode)
     served = []
-    serve = targets.Target.serve
-    monkeypatch.setattr(targets.Target, "serve", lambda *a: served.append(a[0].name) or serve(*a))
+    serve = state.State.serve
+    monkeypatch.setattr(
+        state.State, "serve", lambda *a: served.append(a[0].target.name) or serve(*a)
+    )
     for _ in range(3):
         with noise.window():
             pass

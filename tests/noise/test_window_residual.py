@@ -23,7 +23,7 @@ def inplace(model, sigma=0.3, **options):
 
 
 def keepers(noise):
-    return [target.keeper for target in noise._targets]
+    return [state.keeper for state in noise._states]
 
 
 def skip_without(implementation, restore):
@@ -277,7 +277,7 @@ def test_a_refusal_of_all_leaves_the_others_restored():
     model = make_model()
     before, noise = clean_weights(model), inplace(model, restore="residual")
     noise.open()
-    scale = noise._targets[1].row_scale
+    scale = noise._states[1].row_scale
     kept = scale.clone()
     scale.add_(1)
     with pytest.raises(RuntimeError, match="filled with row_scale"):
