@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in one call: `python3 -m bench.gpu` from the repository's root.
 
 Builds for the GPU's architecture, runs the tests that touch a GPU, those of sharded training and of
-the integrations, runs compute-sanitizer over small cases, times the ops behind their gates and
-whole optimizer steps, writes bench/results/<device>/gpu.{json,md}, prints the tables, and puts the
-tracebacks of tests that failed into failed-tests.txt beside them. No network; needs torch, Triton,
-nvcc, ninja, pybind11, pytest and tabulate. A part that fails or cannot run is named in the tables,
-the others still run, and the exit status is 1.
+the integrations, runs compute-sanitizer over small cases, times the ops behind their gates, whole
+optimizer steps, those of a model of Llama-2-7B's shapes under PEFT, and the host's share, writes
+bench/results/<device>/gpu.{json,md}, prints the tables, and puts the tracebacks of tests that
+failed into failed-tests.txt beside them. No network; needs torch, Triton, nvcc, ninja, pybind11,
+pytest and tabulate, and peft and transformers for the last two. A part that fails or cannot run is
+named in the tables, the others still run, and the exit status is 1.
 
 `--rehearse` walks through all of it where no GPU is, on tiny inputs and other backends, measures
 nothing, and writes to a temporary folder only.
@@ -40,6 +41,13 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # What is the same with and without a GPU is left to `make test`.
 TESTS = ("tests/test_gpu.py", "tests/integrations", "tests/ops", "tests/noise")
 TOUCHES_A_GPU = "test_gpu or integrations or cuda or triton"
+# Benchmarks in processes of their own, with what keeps them short here, the seconds that they may
+# take, and what they need besides.
+SCRIPTS = {
+    "step": ([], 150, ()),
+    "llama": (["--layers", "8", "--limit", "15"], 120, ("transformers", "peft")),
+    "host": (["--device", "cuda"], 90, ("peft",)),
+}
 Judge = Callable[[int, str], tuple[str, str]]
 
 
@@ -248,13 +256,21 @@ def measure(parts: Parts, rehearse: bool, folder: Path) -> dict[Cell, dict]:
     return {cell: outcomes.get(cell, lost) for cell in plan(rehearse)}
 
 
-def step(parts: Parts, rehearse: bool, folder: Path) -> tuple[str, list[dict]]:
-    """The table and the rows of whole optimizer steps; none if bench.step did not finish."""
-    command = [PYTHON, "-m", "bench.step", "--out", str(folder)]
-    parts.run("step", command + (["--rehearse", "--device", "cpu"] if rehearse else []), 150)
-    if not (folder / "cuda.json").is_file():
-        return "not run", []
-    return (folder / "cuda.md").read_text(), json.loads((folder / "cuda.json").read_text())["rows"]
+def script(name: str, parts: Parts, rehearse: bool, folder: Path) -> tuple[str, dict]:
+    """The table and the numbers of `python -m bench.<name>`; none if it did not finish."""
+    options, limit, needed = SCRIPTS[name]
+    absent = [module for module in needed if not _has_module(module)]
+    if absent:
+        parts.skip(name, f"needs {' and '.join(absent)}")
+        return "not run", {}
+    if rehearse:
+        options = ["--rehearse", "--device", "cpu"]
+    out = folder / name
+    parts.run(name, [PYTHON, "-m", f"bench.{name}", *options, "--out", str(out)], limit)
+    found = [*out.glob("*.json")]
+    if not found:
+        return "not run", {}
+    return found[0].with_suffix(".md").read_text(), json.loads(found[0].read_text())
 
 
 def conditions(device: str) -> dict[str, object]:
@@ -293,7 +309,7 @@ def write(
     where: dict,
     parts: list[dict],
     outcomes: dict[Cell, dict],
-    steps: tuple[str, list[dict]],
+    scripts: dict[str, tuple[str, dict]],
     tests: Tests,
     head: str,
 ) -> str:
@@ -309,10 +325,14 @@ def write(
             gpu_table.ops_table(outcomes, device),
             "## noisy_linear",
             gpu_table.linear_table(outcomes),
-            "## Optimizer steps",
-            steps[0].strip(),
             "## Claims",
             gpu_table.claims_table(outcomes, device),
+            "## Optimizer steps",
+            scripts["step"][0].strip(),
+            "## Llama-2-7B's layers",
+            scripts["llama"][0].strip(),
+            "## The host",
+            scripts["host"][0].strip(),
             "## Tests",
             gpu_table.tests_table(tests.by_file),
             "## Parts",
@@ -320,7 +340,8 @@ def write(
             *(f"- failed: {why}" for why in shut),
         ]
     )
-    report = {"conditions": where, "parts": parts, "rows": rows, "steps": steps[1]}
+    report = {"conditions": where, "parts": parts, "rows": rows}
+    report |= {name: numbers for name, (_, numbers) in scripts.items()}
     (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "gpu.md").write_text(text + "\n")
     (folder / "failed-tests.txt").unlink(missing_ok=True)
@@ -348,7 +369,7 @@ def main() -> int:
         build(parts, args.rehearse)
         check(parts, args.rehearse, folder)
         outcomes = measure(parts, args.rehearse, folder)
-        steps = step(parts, args.rehearse, folder)
+        scripts = {name: script(name, parts, args.rehearse, folder) for name in SCRIPTS}
         where = conditions(device)
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         target = folder / slug if args.rehearse else args.out / slug
@@ -359,7 +380,7 @@ def main() -> int:
             "published algorithm as it runs. `of copy`: speed as a share of a copy's in this run."
         )
         tests = Tests.read(folder / "tests.xml")
-        print("\n" + write(target, where, parts.done, outcomes, steps, tests, head))
+        print("\n" + write(target, where, parts.done, outcomes, scripts, tests, head))
     if args.rehearse:
         print(f"\n{device}: nothing was measured, nothing was kept")
         return int(any(part["status"] == "failed" for part in parts.done))

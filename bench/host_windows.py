@@ -1,12 +1,13 @@
 """What the host spends on opening and closing a window, beside its layers' own work.
 
-`python -m bench.host_windows`: thread CPU time of open + close over models of 7 and 224 small
-layers, in multiples of one forward and backward of those layers without a window. Sizes at which
-kernels cost little: what remains is the host's. Interleaved, the fastest of several rounds.
+`python -m bench.host_windows`, and part of `bench.host`: thread CPU time of open + close over
+models of 7 and 224 small layers, in multiples of one forward and backward of those layers without a
+window. Sizes at which kernels cost little: what remains is the host's. Interleaved, the fastest of
+several rounds.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,12 @@ COUNTS = (7, 224)
 SIZES = (32, 64)
 ROUNDS = 20
 RANK, SIGMA = 8, 0.05
+HEAD = "Opening and closing a window over square layers, beside their own forward and backward."
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of one model; times in milliseconds of the calling thread."""
+    """Of one model; times in milliseconds of the host."""
 
     layers: int
     size: int
@@ -43,18 +45,27 @@ def small_layers(count: int, size: int) -> nn.Sequential:
     return model
 
 
-def measure(count: int, size: int, rounds: int = ROUNDS) -> Row:
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds of the host: on the CPU those that this thread was on a core.
+
+    On a GPU the wall's: backward runs in a thread of its own, and a wait is the host's loss.
+    """
+    return time.thread_time if device == "cpu" else time.perf_counter
+
+
+def measure(count: int, size: int, rounds: int = ROUNDS, device: str = "cpu") -> Row:
     """One thread, so that none of the work is done on another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measure(count, size, rounds)
+        return _measure(count, size, rounds, device)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(count: int, size: int, rounds: int) -> Row:
-    model, x = small_layers(count, size), torch.randn(1, size)
+def _measure(count: int, size: int, rounds: int, device: str) -> Row:
+    model, x = small_layers(count, size).to(device), torch.randn(1, size, device=device)
+    clock = clock_of(device)
     noises = {
         mode: flatkern.WeightNoise(model, SIGMA, mode=mode) for mode in ("virtual", "inplace")
     }
@@ -75,12 +86,21 @@ def _measure(count: int, size: int, rounds: int) -> Row:
     for number in range(rounds + 1):
         order = list(runs) if number % 2 else list(runs)[::-1]
         for name in order:
-            begin = time.thread_time()
+            if device != "cpu":
+                torch.cuda.synchronize()  # what was launched before is not this run's
+            begin = clock()
             runs[name]()
             # The first round warms up.
             if number:
-                fastest[name] = min(fastest[name], time.thread_time() - begin)
+                fastest[name] = min(fastest[name], clock() - begin)
     return Row(count, size, **{name: 1e3 * seconds for name, seconds in fastest.items()})
+
+
+def rows(rounds: int = ROUNDS, device: str = "cpu") -> Iterator[Row]:
+    """All models."""
+    for count in COUNTS:
+        for size in SIZES:
+            yield measure(count, size, rounds, device)
 
 
 def table(rows: list[Row]) -> str:
@@ -107,7 +127,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(table([measure(count, size) for count in COUNTS for size in SIZES]))
+    print(f"{HEAD}\n\n{table([*rows()])}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern._noise import Noise
 from flatkern.ops._autocast import autocast_dtype
 from flatkern.ops._noisy_derivative import call_noisy_linear_backward, explained
 from flatkern.ops.noisy_linear import call_noisy_linear
@@ -238,12 +239,10 @@ def noisy_product(window: Any, x: Tensor, weight: Quantized) -> Tensor:
     if dtype is None:
         dtype = autocast_dtype(x) or x.dtype
         x = x.to(dtype)
-    options = {
-        "elementwise": window.elementwise,
-        "compute_dtype": dtype,
-        "backend": window.backend,
-    }
-    return _Product.apply(x, weight.base.bias, window.row_scale, window.key, weight, options)
+    options = {"compute_dtype": dtype, "backend": window.backend}
+    # The noise's tensors by themselves: autograd looks into no tuple.
+    noise = window.row_scale, window.key, window.elementwise
+    return _Product.apply(x, weight.base.bias, *noise, weight, options)
 
 
 class _Product(torch.autograd.Function):
@@ -256,14 +255,15 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         row_scale: Tensor,
         key: Tensor,
+        elementwise: bool,
         weight: Quantized,
         options: dict[str, Any],
     ) -> Tensor:
         ctx.save_for_backward(row_scale, key)
-        ctx.weight, ctx.options = weight, options
+        ctx.weight, ctx.options = weight, options | {"elementwise": elementwise}
         ctx.bias_dtype = None if bias is None else bias.dtype
         operands = weight.dequantize(options["compute_dtype"]), bias, None, None, 1.0
-        return call_noisy_linear(x, *operands, row_scale, key, **options)
+        return call_noisy_linear(x, *operands, Noise(row_scale, key, elementwise), **options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -279,4 +279,4 @@ class _Product(torch.autograd.Function):
             )
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None, None
+        return grad_x, grad_bias, None, None, None, None, None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import ops
+from flatkern._noise import Noise
 from flatkern.ops._library import as_matrix
 from flatkern.ops.noisy_linear import call_noisy_linear
 
@@ -201,8 +202,7 @@ def noisy_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
-    row_scale: Tensor,
-    key: Tensor,
+    noise: Noise,
     **options: Any,
 ) -> Tensor:
     """`call_noisy_linear` of a weight that may be cut into shards in this forward.
@@ -212,13 +212,12 @@ def noisy_linear(
 
     Args:
         x: a DTensor if the weight is.
-        row_scale: of the whole weight.
+        noise: of the whole weight.
         The others are those of the op.
     """
     if not is_sharded(weight):
         # FSDP gathers the weight for the forward, and again for the backward.
-        operands = x, weight, bias, lora_A, lora_B
-        return call_noisy_linear(*operands, scaling, row_scale, key, **options)
+        return call_noisy_linear(x, weight, bias, lora_A, lora_B, scaling, noise, **options)
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh, placements = weight.device_mesh, weight.placements
@@ -250,10 +249,7 @@ def noisy_linear(
         own(lora_A, 1 if by_cols else None),
         own(lora_B, 0 if by_rows else None),
         scaling,
-        part.rows_of(row_scale),
-        key,
-        row_offset=part.row,
-        col_offset=part.col,
+        noise.part(part.row, part.local.shape[0], part.col),
         **options,
     )
     placement = Shard(last) if by_rows else Partial() if by_cols else Replicate()

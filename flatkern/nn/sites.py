@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 
+from flatkern._noise import Noise
 from flatkern.ops._autocast import autocast_dtype
 from flatkern.ops._noisy_linear import scratch_of
 from flatkern.ops.noisy_linear import NATIVE_LAYERS, call_noisy_linear
@@ -105,9 +106,7 @@ def noisy_product(
         lora_A,
         lora_B,
         scaling,
-        window.row_scale,
-        window.key,
-        elementwise=window.elementwise,
+        Noise(window.row_scale, window.key, window.elementwise),
         compute_dtype=dtype,
         backend=window.backend,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatkern._noise import Noise
 from flatkern.ops._library import kernel
 
 # Bytes of a panel of noisy weight and of a block of tokens. On a GPU layers of 7B models at 8,192
@@ -53,14 +54,10 @@ class NoisyWeight:
     """
 
     weight: Tensor
-    row_scale: Tensor
-    key: Tensor
+    noise: Noise
     dtype: torch.dtype
     backend: str | None
-    elementwise: bool
     panel_bytes: int
-    row_offset: int
-    col_offset: int
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W_noisy^T + b, [tokens, m], from x [tokens, n] and b [m] of the same dtype."""
@@ -98,15 +95,9 @@ class NoisyWeight:
     def _panel(self, scratch: Tensor, weight: Tensor, row: int, col: int) -> Tensor:
         """The noisy values of `weight`, a part that begins at (row, col), dense in `scratch`."""
         out = scratch[: weight.numel()].view(weight.shape)
-        kernel("perturb_out", weight, self.backend)(
-            weight,
-            self.row_scale[row : row + weight.shape[0]],
-            self.key,
-            elementwise=self.elementwise,
-            row_offset=self.row_offset + row,
-            col_offset=self.col_offset + col,
-            out=out,
-        )
+        noise = self.noise.part(row, weight.shape[0], col)
+        run = kernel("perturb_out", weight, self.backend)
+        run(weight, *noise.tensors, **noise.options, out=out)
         return out
 
 

@@ -79,13 +79,13 @@ def header_of(residual: Tensor) -> Tensor:
 
 
 def all_done(headers: list[Tensor], state: int) -> bool:
-    """Whether headers on one device say that all is done, with one copy to the host.
+    """Whether headers on one device say that all is done, read with one copy to the host.
 
     FILLED: and every chunk found room. EMPTY: and every chunk is restored.
     """
     if not headers:
         return True
-    words = torch.cat(headers).view(torch.int32).view(len(headers), -1)
+    words = torch.cat(headers).cpu().view(torch.int32).view(len(headers), -1)
     clean, now, mismatched, refused = words[:, _COUNTERS].unbind(1)
     wrong = (now - state) | mismatched | refused
     return not (wrong | clean if state == FILLED else wrong).any()

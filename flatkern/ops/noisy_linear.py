@@ -104,19 +104,10 @@ def noisy_linear(
     _check.kinds(op, bool, elementwise=elementwise)
     _check.kinds(op, int, optional=True, scratch_bytes=scratch_bytes)
     _check.kinds(op, (int, torch.SymInt), row_offset=row_offset, col_offset=col_offset)
+    noise = Noise(row_scale.detach(), key, elementwise, row_offset, col_offset)
     return call_noisy_linear(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        row_scale.detach(),
-        key,
-        elementwise=elementwise,
+        *(x, weight, bias, lora_A, lora_B, scaling, noise),
         scratch_bytes=scratch_bytes,
-        row_offset=row_offset,
-        col_offset=col_offset,
         # Read here, where torch.compile traces: a compiled graph runs with autocast off, and
         # forward and backward must take one backend even if the choice changes between them.
         compute_dtype=autocast_dtype(x),
@@ -131,13 +122,9 @@ def call_noisy_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
-    row_scale: Tensor,
-    key: Tensor,
+    noise: Noise,
     *,
-    elementwise: bool = False,
     scratch_bytes: int | None = None,
-    row_offset: int = 0,
-    col_offset: int = 0,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -146,6 +133,8 @@ def call_noisy_linear(
     Where C++ serves the weight it is one node in autograd's graph (csrc/noisy_linear.cpp). It
     cannot be transformed, and compilers see the op above it.
     """
+    # Unpacked: a compiler that traces this need not know the value's properties.
+    row_scale, key, elementwise, row_offset, col_offset = noise
     operands = x, weight, bias, lora_A, lora_B, scaling, row_scale, key
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         run = native("noisy_linear", weight, backend)
@@ -216,10 +205,9 @@ def _noisy_weight(
     compute_dtype=None,
     backend=None,
 ):
-    dtype = compute_dtype or weight.dtype
+    noise = Noise(row_scale, key, elementwise, row_offset, col_offset)
     panel_bytes, _ = scratch_of(weight.device.type, scratch_bytes)
-    offsets = row_offset, col_offset
-    return NoisyWeight(weight, row_scale, key, dtype, backend, elementwise, panel_bytes, *offsets)
+    return NoisyWeight(weight, noise, compute_dtype or weight.dtype, backend, panel_bytes)
 
 
 def _adapters(lora_A, lora_B, scaling, *, compute_dtype=None, scratch_bytes=None, **options):

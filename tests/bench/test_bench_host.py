@@ -7,7 +7,7 @@ import pytest
 if not (Path(__file__).parents[2] / "bench").is_dir():
     pytest.skip("an installed copy has no bench", allow_module_level=True)
 
-from bench import host
+from bench import host, host_windows
 
 
 def test_layers():
@@ -19,3 +19,11 @@ def test_layers():
     table = host.table(outcomes)
     assert table.count("virtual window") == 4
     assert table.count("three panels") == 2
+
+
+def test_windows():
+    row = host_windows.measure(2, 8, rounds=1)
+    assert min(row.forward_backward, row.virtual, row.inplace) > 0
+    (line,) = host_windows.table([row]).splitlines()[2:]
+    ratio = float(line.split("|")[5])
+    assert abs(ratio - row.virtual / row.forward_backward) < 1e-3

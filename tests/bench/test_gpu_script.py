@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,17 @@ def test_rehearsal():
     table = run.stdout[run.stdout.index("## Ops") :]
     for cell in plan(rehearse=True):
         assert cell.op.split()[0] in table
-    ops, linear, steps, claims, tests, parts = table.split("\n## ")
+    ops, linear, claims, *scripts, tests, parts = table.split("\n## ")
     for line in ops.splitlines()[4:]:
         columns = [column.strip() for column in line.split("|")[1:-1]]
         # Predictions apart, nothing but names and what was not run.
         assert set(columns[5:]) <= {"not run", ""}, line
     assert "not run" in linear
-    assert "not run" in steps
+    assert [script.splitlines()[2:] for script in scripts] == [["not run", ""]] * 3
     assert "tests/noise/test_schedules" in tests
     assert "| tests " in parts
+    for name, (_, _, needed) in gpu.SCRIPTS.items():
+        assert row(parts, name)[0] == ("ok" if all(map(find_spec, needed)) else "not run")
     assert "failed" not in claims + parts.replace("0 failed", "")
 
 
@@ -143,6 +146,25 @@ def test_parts_are_named_whatever_becomes_of_them():
     assert got["is absent"][0] == "failed"
     assert got["works"] == ("ok", "")
     assert got["late"] == ("not run", "no time left")
+
+
+def test_scripts(monkeypatch, tmp_path):
+    """Run as modules; without a package that one needs, it says so and nothing is run."""
+    parts, commands = gpu.Parts(seconds=60), []
+
+    def run(name, command, limit):
+        commands.append(command)
+        out = Path(command[-1])
+        out.mkdir()
+        (out / "any.json").write_text('{"rows": [1]}')
+        (out / "any.md").write_text("table")
+
+    monkeypatch.setattr(parts, "run", run)
+    assert gpu.script("step", parts, False, tmp_path) == ("table", {"rows": [1]})
+    monkeypatch.setattr(gpu, "_has_module", lambda name: name != "peft")
+    assert gpu.script("llama", parts, False, tmp_path) == ("not run", {})
+    assert (parts.done[-1]["status"], parts.done[-1]["detail"]) == ("not run", "needs peft")
+    assert [command[1:3] for command in commands] == [["-m", "bench.step"]]
 
 
 def test_predicted_steps():
