@@ -241,3 +241,25 @@ def test_no_file_is_long():
     files = [*SOURCES, *(c_sources() if CSRC.is_dir() else [])]
     lengths = {path: len(path.read_text().splitlines()) for path in files}
     assert not {str(path): lines for path, lines in lengths.items() if lines > 400}
+
+
+def stores(tree, own):
+    """Attributes that are assigned: those of `self` if `own`, else those of anything else."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if (isinstance(node.value, ast.Name) and node.value.id == "self") == own:
+                yield node.attr
+
+
+def test_only_its_own_file_writes_the_state_of_a_weight():
+    state = PACKAGE / "noise" / "state.py"
+    classes = [n for n in ast.parse(state.read_text()).body if isinstance(n, ast.ClassDef)]
+    fields = set(stores(next(c for c in classes if c.name == "State"), own=True))
+    assert {"row_scale", "key", "noisy", "perturbed", "called"} < fields
+    found = [
+        (path.relative_to(ROOT), name)
+        for path in SOURCES
+        for name in stores(ast.parse(path.read_text()), own=False)
+        if path != state and name in fields
+    ]
+    assert not found

@@ -46,12 +46,10 @@ class Keeper:
     @staticmethod
     def prepare(keepers: list[Any]) -> None:
         """Take the room that windows with a row scale up to `largest_scale()` need."""
-        raise NotImplementedError
 
     @staticmethod
     def perturb(keepers: list[Any]) -> None:
         """Write the noise, into one weight after the other where they overlap."""
-        raise NotImplementedError
 
     @staticmethod
     def seal(keepers: list[Any]) -> None:
@@ -68,15 +66,12 @@ class Keeper:
 
         RuntimeError for what `written` does not know beforehand; all other weights are restored.
         """
-        raise NotImplementedError
 
     def clean(self) -> Tensor:
         """A copy of the clean weight."""
-        raise NotImplementedError
 
     def nbytes(self) -> int:
         """Bytes that are held."""
-        raise NotImplementedError
 
 
 class Snapshot(Keeper):
@@ -108,7 +103,7 @@ class Snapshot(Keeper):
     @staticmethod
     def perturb(keepers: list[Any]) -> None:
         """Write the noise."""
-        ops.foreach_perturb_(*_lists(keepers), **_options(keepers))
+        _call(ops.foreach_perturb_, keepers)
 
     @staticmethod
     def seal(keepers: list[Any]) -> None:
@@ -255,7 +250,7 @@ class Residual(Keeper):
     @staticmethod
     def perturb(keepers: list[Any]) -> None:
         """Write the noise; where a pool is too small, once more with a larger one."""
-        _perturb(keepers)
+        _call(ops.foreach_perturb_, keepers, with_residuals=True)
         if _all_done(keepers, FILLED):
             return
         again, storages = [], set()
@@ -277,7 +272,7 @@ class Residual(Keeper):
                 with torch.inference_mode(False):
                     pool_bytes = _room_for(header.asked)
                     one._residual = ops.new_residual(one.weight, pool_bytes)
-        _perturb(redone)
+        _call(ops.foreach_perturb_, redone, with_residuals=True)
         for header in _headers(redone):
             if header is not None:
                 raise_for("perturb_", header)
@@ -287,7 +282,7 @@ class Residual(Keeper):
         """Decode in place; a check word for each chunk says whether something else wrote there."""
         filled = keepers[::-1]
         for _ in range(2):
-            ops.foreach_restore_(*_lists(filled), **_options(filled), residuals=_residuals(filled))
+            _call(ops.foreach_restore_, filled, with_residuals=True)
             if _all_done(filled, EMPTY):
                 return
             # Interrupted before, some are restored or were never perturbed. Where the kernels do
@@ -318,27 +313,19 @@ def _room_for(words: int) -> int:
     return int(4 * _SPARE * (words + 4 * math.sqrt(words)))
 
 
-def _lists(keepers: list[Keeper]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, row scales and keys."""
+def _call(op: Callable[..., None], keepers: list[Any], with_residuals: bool = False) -> None:
+    """An op of `flatkern.ops.foreach` on all weights, with their noise."""
     noises = [one.noise for one in keepers]
-    return [one.weight for one in keepers], [n.row_scale for n in noises], [n.key for n in noises]
-
-
-def _options(keepers: list[Keeper]) -> dict[str, Any]:
-    return {
-        "elementwise": bool(keepers) and keepers[0].noise.elementwise,
-        "row_offsets": [one.noise.row_offset for one in keepers],
-        "col_offsets": [one.noise.col_offset for one in keepers],
-        "checked": True,
-    }
-
-
-def _residuals(keepers: list[Residual]) -> list[Tensor]:
-    return [one._residual for one in keepers]
-
-
-def _perturb(keepers: list[Residual]) -> None:
-    ops.foreach_perturb_(*_lists(keepers), **_options(keepers), residuals=_residuals(keepers))
+    op(
+        [one.weight for one in keepers],
+        [noise.row_scale for noise in noises],
+        [noise.key for noise in noises],
+        elementwise=bool(noises) and noises[0].elementwise,
+        row_offsets=[noise.row_offset for noise in noises],
+        col_offsets=[noise.col_offset for noise in noises],
+        residuals=[one._residual for one in keepers] if with_residuals else None,
+        checked=True,
+    )
 
 
 def _headers(keepers: list[Residual]) -> list[Header | None]:
