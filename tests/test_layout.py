@@ -245,10 +245,11 @@ def test_no_file_is_long():
 
 def stores(tree, own):
     """Attributes that are assigned: those of `self` if `own`, else those of anything else."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if (isinstance(node.value, ast.Name) and node.value.id == "self") == own:
-                yield node.attr
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    for node in nodes:
+        is_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+        if isinstance(node.ctx, ast.Store) and is_self == own:
+            yield node.attr
 
 
 def test_only_its_own_file_writes_the_state_of_a_weight():

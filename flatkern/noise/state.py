@@ -60,9 +60,9 @@ class State:
         self._found: _Found | None = None
         self._bound: Keeper | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own operands at its first window: rows of a table do not survive."""
-        return State, (self.target, self._traced)
+        return vars(State(self.target, self._traced))
 
     def fits(self) -> bool:
         """Whether what `allocate` gave still serves the weight, which may be another by now."""

@@ -132,11 +132,11 @@ def test_out_of_memory_for_a_snapshot(monkeypatch, model):
     noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore="snapshot")
     empty_like, calls = torch.empty_like, []
 
-    def fail(tensor):
+    def fail(tensor, **options):
         calls.append(tensor)
         if len(calls) == 2:
             raise torch.OutOfMemoryError
-        return empty_like(tensor)
+        return empty_like(tensor, **options)
 
     monkeypatch.setattr(torch, "empty_like", fail)
     with pytest.raises(torch.OutOfMemoryError):
@@ -147,9 +147,13 @@ def test_out_of_memory_for_a_snapshot(monkeypatch, model):
 
 def test_snapshots_are_allocated_once(monkeypatch, model):
     noise = flatkern.WeightNoise(model, 0.3, mode="inplace", restore="snapshot")
-    calls = []
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda t: calls.append(t) or empty_like(t))
+    empty_like, calls = torch.empty_like, []
+
+    def counted(tensor, **options):
+        calls.append(tensor)
+        return empty_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", counted)
     for _ in range(3):
         with noise.window(), noise.paused():
             pass
