@@ -263,10 +263,11 @@ def script(name: str, parts: Parts, rehearse: bool, folder: Path) -> tuple[str, 
     if absent:
         parts.skip(name, f"needs {' and '.join(absent)}")
         return "not run", {}
+    env = {}
     if rehearse:
-        options = ["--rehearse", "--device", "cpu"]
+        options, env = ["--rehearse", "--device", "cpu"], {"OMP_NUM_THREADS": "1"}
     out = folder / name
-    parts.run(name, [PYTHON, "-m", f"bench.{name}", *options, "--out", str(out)], limit)
+    parts.run(name, [PYTHON, "-m", f"bench.{name}", *options, "--out", str(out)], limit, **env)
     found = [*out.glob("*.json")]
     if not found:
         return "not run", {}

@@ -143,9 +143,11 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="one turn each, nothing kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rounds, calls = (1, 1) if args.rehearse else (args.rounds, args.calls)
+    rounds, calls, counts = args.rounds, args.calls, host_windows.COUNTS
+    if args.rehearse:
+        rounds, calls, counts = 1, 1, (2,)
     outcomes = [*layers(rounds, calls, args.device)]
-    windows = [*host_windows.rows(max(rounds // 2, 1), args.device)]
+    windows = [*host_windows.rows(max(rounds // 2, 1), args.device, counts)]
     text = f"{table(outcomes)}\n\n{host_windows.HEAD}\n\n{host_windows.table(windows)}"
     print(text)
     if args.rehearse:

@@ -96,9 +96,11 @@ def _measure(count: int, size: int, rounds: int, device: str) -> Row:
     return Row(count, size, **{name: 1e3 * seconds for name, seconds in fastest.items()})
 
 
-def rows(rounds: int = ROUNDS, device: str = "cpu") -> Iterator[Row]:
-    """All models."""
-    for count in COUNTS:
+def rows(
+    rounds: int = ROUNDS, device: str = "cpu", counts: tuple[int, ...] = COUNTS
+) -> Iterator[Row]:
+    """Models of so many layers, of each size."""
+    for count in counts:
         for size in SIZES:
             yield measure(count, size, rounds, device)
 

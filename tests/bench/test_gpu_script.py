@@ -45,7 +45,7 @@ def test_rehearsal():
         # Predictions apart, nothing but names and what was not run.
         assert set(columns[5:]) <= {"not run", ""}, line
     assert "not run" in linear
-    assert [script.splitlines()[2:] for script in scripts] == [["not run", ""]] * 3
+    assert [script.splitlines()[2:] for script in scripts] == [["not run"]] * 3
     assert "tests/noise/test_schedules" in tests
     assert "| tests " in parts
     for name, (_, _, needed) in gpu.SCRIPTS.items():
@@ -152,7 +152,7 @@ def test_scripts(monkeypatch, tmp_path):
     """Run as modules; without a package that one needs, it says so and nothing is run."""
     parts, commands = gpu.Parts(seconds=60), []
 
-    def run(name, command, limit):
+    def run(name, command, limit, **env):
         commands.append(command)
         out = Path(command[-1])
         out.mkdir()
