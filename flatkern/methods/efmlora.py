@@ -100,7 +100,9 @@ class EFMLoRA(FMLoRA):
             if step.shape != shape:
                 _check.refuse("EFMLoRA", f"mean[{name!r}]", f"of shape {list(shape)}", step)
         super().load_state_dict(state_dict)
-        self._mean = {name: _wide_copy(step, self.moved(pairs[name])) for name, step in mean.items()}
+        self._mean = {
+            name: _wide_copy(step, self.moved(pairs[name])) for name, step in mean.items()
+        }
 
 
 def _wide_copy(step: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,18 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flatkern.methods import _rounding
 from flatkern.methods._contexts import kept, still_statistics
 from flatkern.methods._ranks import dense
 from flatkern.methods._seeded import Seeded, check_above_zero, normals_like
 from flatkern.methods.base import LossFn
+from flatkern.noise import NoiseKey
 from flatkern.noise.schedules import Schedule, factor_at, schedule_of
 from flatkern.ops import _check
 
@@ -77,7 +79,9 @@ class EntropySGD(Seeded):
         """Write gamma (w - m) into `.grad`; the loss is the mean over the walk."""
         gamma = self.gamma * factor_at("EntropySGD", self._schedule, self._step)
         weights = list(self.trainable().values())
-        start = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in weights]
+        start = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in weights
+        ]
         means = [w.clone() for w in start]
         walked, total = set(), 0.0
         with kept(weights), contextlib.ExitStack() as still:
@@ -89,7 +93,7 @@ class EntropySGD(Seeded):
                     if p.grad is not None:
                         walked.add(number)
                         self._walk(p, key, start[number], gamma)
-                        means[number].lerp_(p.detach().to(means[number].dtype), self.alpha)
+                        means[number].mul_(1 - self.alpha).add_(p.detach(), alpha=self.alpha)
                 self.optimizer.zero_grad()
                 torch.clear_autocast_cache()
         for number in sorted(walked):
@@ -97,7 +101,7 @@ class EntropySGD(Seeded):
             p.grad = self.scaled(gamma * (start[number] - means[number])).to(p.dtype)
         return total / self.inner_steps
 
-    def _walk(self, p: nn.Parameter, key: Any, start: torch.Tensor, gamma: float) -> None:
+    def _walk(self, p: nn.Parameter, key: NoiseKey, start: Tensor, gamma: float) -> None:
         """A step of the walk."""
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         v = p.detach().to(start.dtype)
@@ -105,5 +109,4 @@ class EntropySGD(Seeded):
         if self.sigma > 0:
             step = step + normals_like(p, key).to(step.dtype) * (self.inner_lr**0.5 * self.sigma)
         # The rounding's words are not those of the noise.
-        rounding = type(key)(key.seed, key.step, key.draw + 1, key.tensor)
-        _rounding.add_(p.detach(), step, rounding)
+        _rounding.add_(p.detach(), step, replace(key, draw=key.draw + 1))

@@ -47,9 +47,7 @@ class GMP(Windowed):
         Raises:
             TypeError, ValueError: see `Method` and `flatkern.WeightNoise`; a number out of range.
         """
-        super().__init__(
-            model, optimizer, sigma=sigma, strategy=strategy, scope=scope, **options
-        )
+        super().__init__(model, optimizer, sigma=sigma, strategy=strategy, scope=scope, **options)
         _check.kinds("GMP", (float, int), lam=lam)
         if not 0 <= lam <= 1:
             _check.refuse("GMP", "lam", "in [0, 1]", lam)
@@ -69,7 +67,10 @@ class GMP(Windowed):
         for draw in range(self.draws):
             # The last window ends the step.
             step = None if draw + 1 == self.draws else self.noise.step
-            with self.window(step, draw, micro_batches=len(batches)), contextlib.ExitStack() as stack:
+            with (
+                self.window(step, draw, micro_batches=len(batches)),
+                contextlib.ExitStack() as stack,
+            ):
                 if still:
                     stack.enter_context(still_statistics(self.model))
                 if self.lam > 0:

@@ -26,9 +26,7 @@ class LoRAPro(Method):
     theorems 2.1 and 2.3, arXiv:2407.18242.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         """Adjust the adapters of every LoRALinear and PEFT LoRA layer.
 
         Args:

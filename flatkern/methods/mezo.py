@@ -1,6 +1,7 @@
 """MeZO: gradients from two forwards and no backward."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,15 +44,16 @@ class ForwardOnly(Seeded):
     def write(self, numbers: Sequence[Tensor]) -> None:
         """Let `.grad` be the sum of z_k times the k-th number."""
         numbers = [self.scaled(number) for number in numbers]
-        for index, (weight, _) in enumerate(self.keyed()):
+        for weight, key in self.keyed():
             total = None
             for draw, number in enumerate(numbers):
-                z = _noise(weight, self.keyed(draw)[index][1].to(weight.device))
+                z = _noise(weight, replace(key, draw=draw).to(weight.device))
                 term = z.mul_(number.to(z.device))
                 total = term if total is None else total.add_(term)
-            shape = torch.view_as_real(weight.detach()).shape if weight.is_complex() else weight.shape
-            grad = total.to(real_parts(weight).dtype).view(shape)
-            weight.grad = torch.view_as_complex(grad) if weight.is_complex() else grad
+            grad = total.to(real_parts(weight).dtype)
+            # Of a weight without dimensions it has one.
+            grad = torch.view_as_complex(grad) if weight.is_complex() else grad
+            weight.grad = grad.view(weight.shape)
 
 
 class MeZO(ForwardOnly):

@@ -224,7 +224,9 @@ def _fill(
         whole = last // (span * UNROLL)
         for i in range(whole):
             for u in tl.static_range(UNROLL):
-                _store_tile(out, state, first_group, i * UNROLL + u, row_mask, ROWS, VECTORS, UNIFORM)
+                _store_tile(
+                    out, state, first_group, i * UNROLL + u, row_mask, ROWS, VECTORS, UNIFORM
+                )
         for u in tl.static_range(UNROLL):
             tile = whole * UNROLL + u
             if tile * span < last:
