@@ -61,8 +61,8 @@ class Ascent(Method):
             schedule: factor of rho as a function of the 0-based step; None: constant.
                 `flatkern.linear_decay(total_steps)` and `flatkern.inverse_sqrt()` let it fall.
             ascents: K steps of length rho / K, each along the gradient where the last one led;
-                every one costs a pass. Source: Andriushchenko and Flammarion, "Towards
-                understanding sharpness-aware minimization", 2022.
+                every one costs a pass. Source: Kim et al., "Exploring the effect of multi-step
+                ascent in sharpness-aware minimization", 2023, arXiv:2302.10181.
             seed: of the rounding of 16-bit weights, in [0, 2^32).
 
         Raises:
@@ -114,13 +114,14 @@ class Ascent(Method):
 
     def further_ascents(self, loss_fn: LossFn, batches: Sequence[Any]) -> Iterator[int]:
         """The ascents after the first, each with the gradient where the model is in `.grad`."""
-        for self._ascent in range(1, self.ascents):
+        for number in range(1, self.ascents):
+            self._ascent = number
             # The weights were written since an autocast around the step cast them.
             torch.clear_autocast_cache()
             self.optimizer.zero_grad()
             with still_statistics(self.model):
                 self.mean_gradient(loss_fn, batches)
-            yield self._ascent
+            yield number
         torch.clear_autocast_cache()
 
     def perturbed(self) -> list[nn.Parameter]:

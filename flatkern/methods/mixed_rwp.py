@@ -19,10 +19,11 @@ class MixedRWP(Windowed):
     """g = a grad L(w; clean batches) + b grad L(w + e; noisy batches), a = 1 - lam and b = lam.
 
     The clean pass comes first; batch norms do not count the noisy one. lam = 0 is plain training,
-    1 is RWP on the noisy batches; a and b may be given apart, as RWP-LoRA's notes do. Under DDP a rank runs what is its own of either pass, and the
-    ranks average the gradients themselves: communication hooks do not see them. strategy "fisher"
-    is mARWP, see `ARWP`; scopes "lora", "full" and "origin" are RWP-LoRA's. Source: Li et al.,
-    "Revisiting random weight perturbation", 2024.
+    1 is RWP on the noisy batches; a and b may be given apart, as RWP-LoRA's notes do. Under DDP a
+    rank runs what is its own of either pass, and the ranks average the gradients themselves:
+    communication hooks do not see them. strategy "fisher" is mARWP, see `ARWP`; scopes "lora",
+    "full" and "origin" are RWP-LoRA's. Source: Li et al., "Revisiting random weight perturbation",
+    2024, arXiv:2404.00357.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class MixedRWP(Windowed):
 
         Raises:
             TypeError, ValueError: see `Method`, `flatkern.WeightNoise` and `flatkern.Fisher`; a
-                weight out of range, or given twice; "fisher" with a scope of frozen weights outside LoRALinear.
+                weight out of range, or given twice; "fisher" with a scope of frozen weights outside
+                LoRALinear.
         """
         fisher = Fisher(eta, beta)
         super().__init__(

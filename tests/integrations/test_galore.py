@@ -38,19 +38,20 @@ def by_hand(steps, lr, rank, gap, scale):
         for (name, p), G in zip(model.named_parameters(), slopes, strict=True):
             projected = p.dim() == 2 and min(p.shape) > rank
             state = moments[name] = moments[name] or {"m": 0, "v": 0}
-            R, back = G, lambda N: N
             if projected:
                 if "P" not in state or step % gap == 0:
                     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
                     state["P"] = Vh[:rank].t() if G.shape[0] >= G.shape[1] else U[:, :rank]
                 P, right = state["P"], G.shape[0] >= G.shape[1]
-                R = G @ P if right else P.t() @ G
-                back = lambda N, P=P, right=right: scale * (N @ P.t() if right else P @ N)
+            R = (G @ P if right else P.t() @ G) if projected else G
             state["m"] = 0.9 * state["m"] + 0.1 * R
             state["v"] = 0.999 * state["v"] + 0.001 * R.square()
+            N = state["m"] / (state["v"].sqrt() + 1e-6)
+            if projected:
+                N = scale * (N @ P.t() if right else P @ N)
             rate = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
             with torch.no_grad():
-                p -= rate * back(state["m"] / (state["v"].sqrt() + 1e-6))
+                p -= rate * N
     return model
 
 

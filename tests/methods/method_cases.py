@@ -10,7 +10,6 @@ from torch import nn
 import flatkern
 from flatkern import methods
 
-
 # Methods about A and B themselves.
 PAIRED = (methods.BAR, methods.FMLoRA, methods.LoRAPro)
 
