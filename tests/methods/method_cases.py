@@ -141,8 +141,11 @@ def assert_left_clean(model, before):
     assert_parameters(model, before)
 
 
-def step_gradients(case, model, batches, **options):
-    """The gradients that the optimizer sees in one step, by name, and the step's loss."""
+def step_gradients(case, model, batches, loss_fn=None, **options):
+    """The gradients that the optimizer sees in one step, by name, and the step's loss.
+
+    Of the outputs' mean square, unless there is a loss of its own.
+    """
     optimizer = sgd(model, lr=0.0)
     seen = {}
 
@@ -152,6 +155,6 @@ def step_gradients(case, model, batches, **options):
                 seen[name] = weight.grad.clone()
 
     hook = optimizer.register_step_pre_hook(look)
-    loss = case(model, optimizer, **options).step(loss_fn_of(model), batches)
+    loss = case(model, optimizer, **options).step(loss_fn or loss_fn_of(model), batches)
     hook.remove()
     return seen, loss

@@ -51,7 +51,7 @@ def normals(count, seed=0, step=0):
 
 
 def gradient(model, **options):
-    got, loss = step_gradients(Case(ES, options), model, [None])
+    got, loss = step_gradients(Case(ES, options), model, [None], loss_fn=model)
     return got["w"], loss
 
 

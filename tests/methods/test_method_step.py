@@ -433,3 +433,17 @@ def test_whole_models_without_adapters(case):
     method.step(loss_fn_of(model), make_batches(2))
     for name, p in model.named_parameters():
         assert not torch.equal(p, before[name])
+
+
+@every_case
+def test_a_compiled_model_takes_the_same_steps(case):
+    """Traced once, by eager kernels: the passes, noise and perturbed weights are data to it."""
+    results = []
+    for compiled in (False, True):
+        model = make_model()
+        seen = torch.compile(model, backend="eager") if compiled else model
+        method = case(model, sgd(model))
+        for _ in range(2):
+            method.step(loss_fn_of(seen), make_batches(2))
+        results.append(copies(model))
+    assert_parameters(model, results[0])

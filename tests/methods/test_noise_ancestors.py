@@ -41,7 +41,7 @@ class Quadratic(nn.Module):
 
 def gradient_of(method_type, model, batches=(0.0,), **options):
     """What the optimizer sees in one step."""
-    got, loss = step_gradients(Case(method_type, options), model, list(batches))
+    got, loss = step_gradients(Case(method_type, options), model, list(batches), loss_fn=model)
     return got["w"], loss
 
 
