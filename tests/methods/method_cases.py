@@ -83,10 +83,10 @@ CASES = [
     Case(methods.SmoothOut, {"sigma": 0.1}, {"sigma": 0.0}),
     Case(methods.SmoothOut, {"sigma": 0.1, "strategy": "row"}, {"sigma": 0.0}),
     Case(methods.NoisyTune, quiet={"lam": 0.0}),
-    Case(methods.EntropySGD, {"inner_steps": 3}),
+    Case(methods.EntropySGD, {"inner_steps": 3, "inner_lr": 0.02}),
     Case(methods.LoRAPro),
     Case(methods.ES, {"sigma": 0.01, "population": 4}, backward=False),
-    Case(methods.ES, {"antithetic": False, "fitness": "zscore", "sigma": 0.01}, backward=False),
+    Case(methods.ES, {"population": 3, "antithetic": False, "fitness": "zscore"}, backward=False),
 ]
 
 

@@ -216,7 +216,7 @@ def test_gam_is_the_hessian_s():
         options = {"rho": 0.2, "alpha": 0.5, "delta": delta}
         got, _ = step_gradients(Case(GAM, options), model, batches)
         errors.append(max((got[n] - expected[n]).abs().max().item() for n in expected))
-    assert errors[1] < 1e-4
+    assert errors[1] < 1e-3 * max(0.1 * value.abs().max().item() for value in h.values())
     assert errors[1] < 0.2 * errors[0]
     assert_parameters(model, before)
 
