@@ -183,7 +183,7 @@ def _try_out(method: Callable[..., Method]) -> None:
     if not (isinstance(kind, type) and kind.__module__.startswith(ours)):
         return
     with torch.random.fork_rng(devices=[]):
-        layer = LoRALinear(2, 2, r=1)
+        layer = LoRALinear(2, 2, r=1, bias=False)
     method(layer, torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.0))
 
 

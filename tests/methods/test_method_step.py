@@ -21,7 +21,7 @@ from method_cases import (
 )
 from torch import nn
 
-from flatkern.methods import BAR, LoRA
+from flatkern.methods import BAR, EntropySGD, LoRA, NoisyTune
 from flatkern.nn import DoRALinear, NoRALinear
 
 
@@ -347,7 +347,8 @@ def test_a_step_that_failed_under_a_scaler_can_be_repeated(monkeypatch, case):
     assert not torch.equal(model[0].lora_B, before["0.lora_B"])
 
 
-@cases(lambda case: case.type is not BAR)  # It balances beside the update.
+# BAR balances and NoisyTune tunes beside the update; a walk up 100 times the loss has no end.
+@cases(lambda case: case.type not in (BAR, NoisyTune, EntropySGD))
 def test_the_updates_gradient_is_clipped(case):
     model = make_model()
     before = copies(model)
