@@ -240,8 +240,10 @@ def gate(op: str, i: Inputs) -> None:
             where = dict(zip(("row_offset", "col_offset"), offsets, strict=True))
             words = ops.philox_bits(rows, cols, i.key, **where)
             z = ops.noise(rows, cols, i.key, **where)
+            u = ops.uniform(rows, cols, i.key, **where)
             with flatkern.backend("reference"):
                 assert torch.equal(words, ops.philox_bits(rows, cols, i.key, **where)), "words"
+                assert torch.equal(u, ops.uniform(rows, cols, i.key, **where)), "uniform"
                 difference = (z - ops.noise(rows, cols, i.key, **where)).abs()
             assert difference.max() <= NOISE_MAX, f"noise: off by {difference.max().item()}"
             share = (difference > NOISE_BULK).double().mean().item()

@@ -17,13 +17,14 @@ from triton.compiler import ASTSource
 
 from bench.sass import Report, analyse
 from flatkern import triton as kernels
-from flatkern.triton.noise import noise_kernel, philox_bits_kernel
+from flatkern.triton.noise import noise_kernel, philox_bits_kernel, uniform_kernel
 from flatkern.triton.perturb import perturb_kernel
 from flatkern.triton.row_norm import row_norm_kernel, row_norm_parts_kernel
 
 JIT = (
     noise_kernel,
     philox_bits_kernel,
+    uniform_kernel,
     perturb_kernel,
     row_norm_kernel,
     row_norm_parts_kernel,
@@ -120,6 +121,7 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
     found: dict[str, tuple[Callable[[], object], int]] = {
         "noise": (lambda: kernels.noise(ROWS, COLS, key), 4),
         "philox_bits": (lambda: kernels.philox_bits(ROWS, COLS, key), 8),
+        "uniform": (lambda: kernels.uniform(ROWS, COLS, key), 4),
     }
     for dtype, name in NAMES.items():
         size = dtype.itemsize

@@ -138,4 +138,11 @@ FLATKERN_HD float angle_uniform(uint32_t b) {
   return static_cast<float>(static_cast<int32_t>(b)) * 0x1p-31f;
 }
 
+// The op `uniform`: an odd multiple of 2^-24 in (-1, 1). An odd integer below 2^24 in magnitude is
+// a float, so that nothing is rounded.
+FLATKERN_HD float unit_uniform(uint32_t word) {
+  const uint32_t odd = (word >> 7 | 1u) - (1u << 24);
+  return static_cast<float>(static_cast<int32_t>(odd)) * 0x1p-24f;
+}
+
 }  // namespace flatkern

@@ -117,6 +117,15 @@ struct Ops {
     return out;
   }
 
+  static at::Tensor uniform(int64_t rows, int64_t cols, const at::Tensor& key, int64_t row_offset,
+                            int64_t col_offset) {
+    const at::Tensor words = words_of(key);
+    const Block block = block_of(words, rows, cols, row_offset, col_offset);
+    at::Tensor out = at::empty({rows, cols}, key.options().dtype(at::kFloat));
+    Backend::uniform(out, NoiseArgs{block, out.mutable_data_ptr()});
+    return out;
+  }
+
   static PerturbArgs perturb_args(const at::Tensor& weight, const at::Tensor& out,
                                   const at::Tensor& words, const at::Tensor& row_scale,
                                   bool elementwise, int64_t row_offset, int64_t col_offset) {
@@ -334,6 +343,7 @@ struct Ops {
   static void register_in(torch::Library& m) {
     m.impl("philox_bits", philox_bits);
     m.impl("noise", noise);
+    m.impl("uniform", uniform);
     m.impl("row_norm", row_norm);
     m.impl("perturb", perturb);
     m.impl("perturb.out", perturb_out);

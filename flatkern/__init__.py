@@ -10,6 +10,8 @@ from flatkern.noise import (
     close,
     constant,
     cosine_ramp,
+    inverse_sqrt,
+    linear_decay,
     linear_ramp,
     lpf,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "close",
     "constant",
     "cosine_ramp",
+    "inverse_sqrt",
+    "linear_decay",
     "linear_ramp",
     "lpf",
     "methods",

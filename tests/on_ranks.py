@@ -1,4 +1,4 @@
-"""Checks that every rank of a process group runs, and a model that they shard."""
+"""Checks that every rank of a process group runs, what runs them, and a model that they shard."""
 
 import contextlib
 import datetime
@@ -9,8 +9,10 @@ import os
 import runpy
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -29,6 +31,8 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 # Activations and terms of sums are rounded to bfloat16: 2^-9 each.
 ROUNDED = {"rtol": 5e-2, "atol": 2e-2}
 MODES = ("virtual", "inplace")
+WORLDS = (2, 4)
+# Of every module that was imported: the module, the numbers of ranks and the function by name.
 CHECKS = {}
 # A rank that failed leaves the others waiting for it.
 PATIENCE = datetime.timedelta(seconds=60)
@@ -43,10 +47,54 @@ def check(*arguments, ranks=(2, 4)):
             assert name not in CHECKS
             # A mesh of two dimensions takes four.
             own = (4,) if argument.startswith("both") else ranks
-            CHECKS[name] = own, functools.partial(function, argument)
+            CHECKS[name] = function.__module__, own, functools.partial(function, argument)
         return function
 
     return register
+
+
+def checks_of(modules):
+    """(number of ranks, name) of each check in these modules, which are imported."""
+    for module in modules:
+        importlib.import_module(module)
+    return [
+        (w, n) for w in WORLDS for n, (m, own, _) in CHECKS.items() if m in modules and w in own
+    ]
+
+
+def spawn(function, world, *arguments, preload=()):
+    """Processes of (rank, world, *arguments), which see no GPU: their group is gloo's.
+
+    They fork from a server that has imported the modules in `preload`, if it was started with them.
+    """
+    # Whoever asks for GPUs starts CUDA, which no fork survives; some of the imports do.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.set_forkserver_preload([*preload])
+        torch.multiprocessing.start_processes(
+            function, (world, *arguments), nprocs=world, start_method=method
+        )
+
+
+class Runner:
+    """Every check of some modules on a number of ranks, in one group of processes, when asked."""
+
+    def __init__(self, folder, modules, preload=()):
+        self.folder, self.modules, self.preload = folder, modules, preload
+        self._done = set()
+
+    def run(self, world):
+        if world not in self._done:
+            self._done.add(world)
+            spawn(run_rank, world, self.folder, self.modules, preload=self.preload)
+
+    def assert_passed(self, world, name):
+        self.run(world)
+        for rank in range(world):
+            found = (self.folder / f"{name}-{world}-{rank}").read_text()
+            assert not found, f"rank {rank}:\n{found}"
 
 
 def run_rank(rank, world, folder, modules):
@@ -55,11 +103,9 @@ def run_rank(rank, world, folder, modules):
     init = f"file://{folder}/store{world}"
     group = {"rank": rank, "world_size": world, "timeout": PATIENCE}
     dist.init_process_group("gloo", init_method=init, **group)
-    for module in modules:
-        importlib.import_module(module)
-    for name in [name for name, (ranks, _) in CHECKS.items() if world in ranks]:
+    for name in [name for own, name in checks_of(modules) if own == world]:
         try:
-            CHECKS[name][1](rank, folder)
+            CHECKS[name][-1](rank, folder)
             found = ""
         except BaseException:
             found = traceback.format_exc()

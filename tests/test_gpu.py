@@ -45,6 +45,7 @@ def all_ops(weight, lora_A, lora_B, scale, key):
     return [
         ops.philox_bits(rows, cols, key),
         ops.noise(rows, cols, key),
+        ops.uniform(rows, cols, key),
         *ops.foreach_row_norm([weight, weight], [lora_A] * 2, [lora_B] * 2, 0.5),
         ops.row_norm(weight, lora_A, lora_B, 0.5),
         ops.perturb(weight, scale, key, dtype=torch.float16),

@@ -63,6 +63,7 @@ struct Kernels {
   const char* name;
   void (*philox_bits)(const NoiseArgs&, int64_t begin, int64_t end);
   void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
+  void (*uniform)(const NoiseArgs&, int64_t begin, int64_t end);
   void (*perturb)(const PerturbArgs&, int64_t begin, int64_t end);
   void (*restore)(const PerturbArgs&, int64_t begin, int64_t end);
   void (*row_norm)(const RowNormArgs&, int64_t begin, int64_t end);

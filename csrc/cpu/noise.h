@@ -115,9 +115,34 @@ FLATKERN_INLINE void spread(const Normals& z, float* values) {
   }
 }
 
+// What a step's words become: normals, or uniform values in (-1, 1) in the same places.
+struct Gaussian {
+  FLATKERN_INLINE void fill(Batch& batch, const PhiloxRow& r, uint32_t group, int steps,
+                            Order order) {
+    FLATKERN_ISA::fill(batch, r, group, steps, order);
+  }
+  FLATKERN_INLINE Normals values(const Batch& batch, int i) {
+    return turned(batch.radius[i], batch.second[i]);
+  }
+};
+struct Uniform {
+  FLATKERN_INLINE void fill(Batch& batch, const PhiloxRow& r, uint32_t group, int steps,
+                            Order order) {
+    philox_steps(r, group, steps, order, batch);
+  }
+  // unit_uniform, a vector at a time.
+  FLATKERN_INLINE VFloat unit(VUint word) {
+    const VUint odd = (word >> 7 | 1u) - (1u << 24);
+    return __builtin_convertvector((VInt)odd, VFloat) * 0x1p-24f;
+  }
+  FLATKERN_INLINE Normals values(const Batch& batch, int i) {
+    return {unit(batch.first[i]), unit(batch.second[i])};
+  }
+};
+
 // Walks columns [begin, end) of one row in steps that start on a group: `whole(j, normals)` for
 // steps that lie inside, `part(j, count, values)` for those that stick out.
-template <Order order, class Whole, class Part>
+template <Order order, class Draw = Gaussian, class Whole, class Part>
 FLATKERN_INLINE void for_each_step(const Block& w, int64_t row, int64_t begin, int64_t end,
                                    const Whole& whole, const Part& part) {
   const PhiloxRow r = philox_row(w.key, static_cast<uint32_t>(w.row_offset + row));
@@ -130,16 +155,14 @@ FLATKERN_INLINE void for_each_step(const Block& w, int64_t row, int64_t begin, i
     const int64_t left = end - j;
     if (lane == 0 && left >= kStep) {
       const int steps = static_cast<int>(left < kBatch * kStep ? left / kStep : kBatch);
-      fill(batch, r, group, steps, order);
-      for (int i = 0; i < steps; ++i, j += kStep) {
-        whole(j, turned(batch.radius[i], batch.second[i]));
-      }
+      Draw::fill(batch, r, group, steps, order);
+      for (int i = 0; i < steps; ++i, j += kStep) whole(j, Draw::values(batch, i));
       continue;
     }
     // A misaligned start runs to the end of its first step; a tail to the end of the range.
-    fill(batch, r, group, 1, order);
+    Draw::fill(batch, r, group, 1, order);
     float values[kStep];
-    spread<order>(turned(batch.radius[0], batch.second[0]), values);
+    spread<order>(Draw::values(batch, 0), values);
     const int count = static_cast<int>(left < kStep - lane ? left : kStep - lane);
     part(j, count, values + lane);
     j += count;
@@ -157,12 +180,12 @@ FLATKERN_INLINE void for_each_block(const Block& w, int64_t unit_begin, int64_t 
   }
 }
 
-void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
-  const KeepDenormals keep;
+template <class Draw>
+FLATKERN_INLINE void draw(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
   const Block w = args.block;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
     float* out = static_cast<float*>(args.out) + row * w.cols;
-    for_each_step<Order::kSplit>(
+    for_each_step<Order::kSplit, Draw>(
         w, row, begin, end,
         [&](int64_t j, const Normals& z) {
           store(out + j, interleave_low(z.even, z.odd));
@@ -172,6 +195,15 @@ void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
           memcpy(out + j, values, count * sizeof(float));
         });
   });
+}
+
+void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
+  const KeepDenormals keep;
+  draw<Gaussian>(args, unit_begin, unit_end);
+}
+
+void uniform(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
+  draw<Uniform>(args, unit_begin, unit_end);
 }
 
 void philox_bits(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {

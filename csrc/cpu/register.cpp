@@ -118,6 +118,9 @@ struct Backend {
   static void noise(const at::Tensor&, const NoiseArgs& args) {
     for_blocks<NoiseArgs>({args}, kernels().noise);
   }
+  static void uniform(const at::Tensor&, const NoiseArgs& args) {
+    for_blocks<NoiseArgs>({args}, kernels().uniform);
+  }
   static void perturb(const at::Tensor&, const std::vector<PerturbArgs>& tensors) {
     for_blocks(tensors, kernels().perturb);
   }

@@ -85,6 +85,7 @@ struct ResidualArgs {
 
 void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream);
 void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream);
+void launch_uniform(const NoiseArgs& args, int sm_count, cudaStream_t stream);
 
 // Several tensors, which share no memory that is written, in few launches.
 void launch_perturb(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream);

@@ -1,11 +1,26 @@
-// Philox words and normals as tensors.
+// Philox words, normals and uniform values as tensors.
 #include "device.h"
 
 namespace flatkern::cuda {
 
-// A thread takes one group of columns at a time. Aligned: rows hold whole groups, 16-byte aligned.
-template <bool Aligned>
-__global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int unit_log2) {
+// The four values of a group of columns.
+struct NormalGroup {
+  FLATKERN_HD void operator()(const PhiloxRow& row, uint32_t group, float* z) const {
+    scaled_group(row, group, kRadiusOfRoot, z);
+  }
+};
+struct UniformGroup {
+  FLATKERN_HD void operator()(const PhiloxRow& row, uint32_t group, float* u) const {
+    const Words words = philox_group(row, group);
+    for (int k = 0; k < 4; ++k) u[k] = unit_uniform(words.w[k]);
+  }
+};
+
+// A thread takes one group of columns at a time; group(row, number, values) makes its four values.
+// Aligned: rows hold whole groups, 16-byte aligned.
+template <bool Aligned, class Group>
+__device__ __forceinline__ void fill_groups(const NoiseArgs& args, int unit_log2,
+                                            const Group& group) {
   const Block& block = args.block;
   const auto [i, begin, end] = unit_of_warp(block, unit_log2, blockIdx.x);
   if (i >= block.rows) return;
@@ -15,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int uni
   const int64_t misfit = static_cast<int64_t>((block.col_offset + begin) % 4);
   for (int64_t j = begin - misfit + 4 * (threadIdx.x % kWarp); j < end; j += 4 * kWarp) {
     float z[4];
-    scaled_group(row, static_cast<uint32_t>((block.col_offset + j) / 4), kRadiusOfRoot, z);
+    group(row, static_cast<uint32_t>((block.col_offset + j) / 4), z);
     if constexpr (Aligned) {
       Bits128 bits;
       for (int k = 0; k < 4; ++k) bits.w[k] = bits_of_float(z[k]);
@@ -26,6 +41,16 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int uni
       }
     }
   }
+}
+
+template <bool Aligned>
+__global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args, int unit_log2) {
+  fill_groups<Aligned>(args, unit_log2, NormalGroup{});
+}
+
+template <bool Aligned>
+__global__ void __launch_bounds__(kThreads) uniform_kernel(NoiseArgs args, int unit_log2) {
+  fill_groups<Aligned>(args, unit_log2, UniformGroup{});
 }
 
 __global__ void __launch_bounds__(kThreads) philox_bits_kernel(NoiseArgs args) {
@@ -56,6 +81,19 @@ void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
     FLATKERN_LAUNCH((noise_kernel<true>), blocks, kThreads, stream, args, log2);
   } else {
     FLATKERN_LAUNCH((noise_kernel<false>), blocks, kThreads, stream, args, log2);
+  }
+}
+
+void launch_uniform(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
+  const Block& block = args.block;
+  if (block.rows == 0 || block.cols == 0) return;
+  const int log2 = unit_log2(block.rows * units_per_row(block.cols, kLongUnitLog2), sm_count);
+  const int64_t units = block.rows * units_per_row(block.cols, log2);
+  const int blocks = static_cast<int>(divide_up(units, kWarpsPerBlock));
+  if (block.cols % 4 == 0 && block.col_offset % 4 == 0) {
+    FLATKERN_LAUNCH((uniform_kernel<true>), blocks, kThreads, stream, args, log2);
+  } else {
+    FLATKERN_LAUNCH((uniform_kernel<false>), blocks, kThreads, stream, args, log2);
   }
 }
 

@@ -61,6 +61,9 @@ struct Backend {
   static void noise(const at::Tensor& out, const NoiseArgs& args) {
     launch(out, launch_noise, args);
   }
+  static void uniform(const at::Tensor& out, const NoiseArgs& args) {
+    launch(out, launch_uniform, args);
+  }
   static void perturb(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
     launch(out, launch_perturb, tensors);
   }

@@ -30,6 +30,17 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "FMLoRA": ("FMLoRA", {}),
     "EFMLoRA": ("EFMLoRA", {}),
     "MeZO": ("MeZO", {"mu": 1e-2}),
+    "SAM x 3": ("SAM", {"ascents": 3}),
+    "GSAM": ("GSAM", {}),
+    "F-SAM": ("FriendlySAM", {}),
+    "GAM": ("GAM", {}),
+    "FMLoRA-A": ("FMLoRA", {"transfer": "A"}),
+    "GMP": ("GMP", {"sigma": 2e-3}),
+    "SmoothOut": ("SmoothOut", {"sigma": 2e-3}),
+    "NoisyTune": ("NoisyTune", {}),
+    "Entropy-SGD": ("EntropySGD", {"inner_steps": 5}),
+    "LoRA-Pro": ("LoRAPro", {}),
+    "ES": ("ES", {"sigma": 1e-2, "population": 8}),
 }
 
 

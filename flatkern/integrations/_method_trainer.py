@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatkern.integrations._forwards import TrainingForwards
 from flatkern.methods._ranks import Ranks
 from flatkern.methods.base import Method
+from flatkern.nn import LoRALinear
 from flatkern.noise import WeightNoise
 from flatkern.ops import _check
 from flatkern.ops._keywords import refuse_unknown
@@ -52,18 +53,21 @@ class MethodTrainerMixin:
         Args:
             args, kwargs: the Trainer's.
             method: a class of `flatkern.methods`, or a `functools.partial` of one; called as
-                `method(model, optimizer, scaler=...)` when training begins.
+                `method(model, optimizer, scaler=...)` when training begins. What it says of its
+                options is said now, by making it once for a model of a single layer.
             noise_without_grad: whether forwards without gradients, such as those of a reference
                 model, see the noise of the method's windows.
 
         Raises:
             TypeError: an argument of the wrong kind, or a keyword that the method does not have.
+            ValueError: an option of the method out of range.
             RuntimeError: one of `callbacks` is a FlatLoRACallback.
         """
         _check.kinds(_OP, Callable, method=method)
         _check.kinds(_OP, bool, noise_without_grad=noise_without_grad)
         if isinstance(method, functools.partial):
             _refuse_misspelt(method)
+        _try_out(method)
         self._forwards = TrainingForwards(
             self._open_noise, without_grad=noise_without_grad, in_eval=True
         )
@@ -170,6 +174,17 @@ class MethodTrainerMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and os.path.isfile(path := os.path.join(checkpoint, _FILE)):
             self.method.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _try_out(method: Callable[..., Method]) -> None:
+    """The errors that flatkern's own methods have for their options, whatever the model."""
+    kind = method.func if isinstance(method, functools.partial) else method
+    ours = f"{Method.__module__.rpartition('.')[0]}."
+    if not (isinstance(kind, type) and kind.__module__.startswith(ours)):
+        return
+    with torch.random.fork_rng(devices=[]):
+        layer = LoRALinear(2, 2, r=1, bias=False)
+    method(layer, torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.0))
 
 
 def _refuse_misspelt(method: functools.partial) -> None:

@@ -101,6 +101,11 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
+def laid_out(gradient: Tensor, sparse: bool) -> Tensor:
+    """An ordinary tensor in the layout that the optimizer expects of an embedding's gradient."""
+    return gradient.to_sparse(1) if sparse else gradient
+
+
 def _fsdp_groups(model: nn.Module) -> list:
     """The groups over which FSDP2 takes means of gradients, outer ones first."""
     module = sys.modules.get("torch.distributed.fsdp")

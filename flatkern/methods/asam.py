@@ -41,7 +41,8 @@ class ASAM(Ascent):
                 two dimensions; "davda54" (davda54/sam): T = |w| for all.
             norm: "joint", one ball for all tensors, or "per_tensor", one for each.
             last_only: take the second gradient from the last micro-batch alone, of each rank.
-            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
+            options: `schedule` of rho, `ascents` and `seed`, see `Ascent` in _ascent.py; those of
+                `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value.

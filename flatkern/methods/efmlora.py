@@ -20,6 +20,8 @@ class EFMLoRA(FMLoRA):
     ends a step at B + M. Costs M and a copy of B, and no pass. Source: see `FMLoRA`.
     """
 
+    several_ascents, one_batch = False, False
+
     def __init__(
         self,
         model: nn.Module,
@@ -37,7 +39,8 @@ class EFMLoRA(FMLoRA):
             rho: radius, finite and at least 0.
             beta: weight of the newest step, in (0, 1]; 1 is FMLoRA with the last step's E.
             norm: "per_layer", one ball for each merged weight, or "joint", one for all.
-            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
+            options: `transfer` as in `FMLoRA`; `schedule` of rho and `seed`, see `Ascent` in
+                _ascent.py; those of `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
@@ -93,13 +96,15 @@ class EFMLoRA(FMLoRA):
             if name not in pairs:
                 _check.refuse("EFMLoRA", "mean", f"of the layers {list(pairs)}", name)
             _check.kinds("EFMLoRA", torch.Tensor, **{f"mean[{name!r}]": step})
-            shape = pairs[name].B.shape
+            shape = self.moved(pairs[name]).shape
             if step.shape != shape:
                 _check.refuse("EFMLoRA", f"mean[{name!r}]", f"of shape {list(shape)}", step)
         super().load_state_dict(state_dict)
-        self._mean = {name: _wide_copy(step, pairs[name].B) for name, step in mean.items()}
+        self._mean = {
+            name: _wide_copy(step, self.moved(pairs[name])) for name, step in mean.items()
+        }
 
 
-def _wide_copy(step: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """M as it is kept: not in 16 bits, whatever B is in."""
-    return step.to(B.device, torch.promote_types(B.dtype, torch.float32), copy=True)
+def _wide_copy(step: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """M as it is kept: not in 16 bits, whatever the weight is in."""
+    return step.to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True)

@@ -1,4 +1,4 @@
-"""FMLoRA: SAM on the merged weights, carried out by moving B alone."""
+"""FMLoRA: SAM on the merged weights, carried out by moving B alone, or A alone."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flatkern.methods._ascent import Ascent
 from flatkern.methods._layers import Pair, lora_layers
+from flatkern.ops import _check
 
 
 class FMLoRA(Ascent):
@@ -17,6 +18,10 @@ class FMLoRA(Ascent):
     m x n, with X = dB (A A')^+ and Y = (B'B)^+ dA,
 
         H = (X A + B Y) / (2 s),   E = rho / (2 s^2 ||H||) (X + B Y A' (A A')^+).
+
+    Transferred to A instead, the gradient is at (A + F, B) with F = rho B^+ H / (s ||H||)
+    = rho / (2 s^2 ||H||) (Y + (B'B)^+ B'X A): s B F is the part of that step that A can make, none
+    at B = 0.
 
     Source: the EFMLoRA paper (first titled "EFlat-LoRA"), 2025, without its elementwise sign, which
     would make every entry of the step non-negative. Costs a second pass and a copy of B.
@@ -32,6 +37,7 @@ class FMLoRA(Ascent):
         rho: float = 0.05,
         norm: str = "per_layer",
         last_only: bool = False,
+        transfer: str = "B",
         **options: Any,
     ) -> None:
         """Perturb the merged weight of every LoRALinear and PEFT LoRA layer.
@@ -41,52 +47,60 @@ class FMLoRA(Ascent):
             rho: radius, finite and at least 0; the source uses 0.05 to 0.6.
             norm: "per_layer", one ball for each merged weight, or "joint", one for all.
             last_only: take the second gradient from the last micro-batch alone, of each rank.
-            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
+            transfer: "B" or "A", which of the two is moved.
+            options: `schedule` of rho, `ascents` and `seed`, see `Ascent` in _ascent.py; those of
+                `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model
                 without such layers whose A and B are trained.
         """
         super().__init__(model, optimizer, rho=rho, norm=norm, last_only=last_only, **options)
+        _check.one_of(type(self).__name__, ("B", "A"), transfer=transfer)
+        self.transfer = transfer
         lora_layers(self, "pairs")
+
+    def moved(self, pair: Pair) -> nn.Parameter:
+        """The factor that is moved."""
+        return pair.B if self.transfer == "B" else pair.A
 
     def pairs(self) -> dict[str, Pair]:
         """The adapters by name, those of one layer beside one another."""
         return {pair.name: pair for layer in lora_layers(self, "pairs") for pair in layer.pairs}
 
     def perturbed(self) -> list[nn.Parameter]:
-        """Every B."""
-        return [pair.B for pair in self.pairs().values()]
+        """Every B, or every A."""
+        return [self.moved(pair) for pair in self.pairs().values()]
 
     def climb(self, weights: list[nn.Parameter]) -> None:
-        """Add E to every B that has a gradient."""
+        """Add E or F to every pair that has gradients."""
         self.move_all(self.steps())
 
     def move_all(self, steps: dict[str, Tensor]) -> None:
-        """Add to the B of these names."""
+        """Add to the B, or the A, of these names."""
         for number, (name, pair) in enumerate(self.pairs().items()):
             if name in steps:
-                self.move(pair.B, steps[name], number)
+                self.move(self.moved(pair), steps[name], number)
 
     def steps(self) -> dict[str, Tensor]:
-        """E [m, r] of all pairs that have gradients, by the pair's name; float32 or wider."""
+        """E [m, r], or F [r, n], of all pairs that have gradients, by name; float32 or wider."""
         layers = [
             pairs
             for layer in lora_layers(self, "pairs")
             if (pairs := [pair for pair in layer.pairs if pair.learns])
         ]
-        estimates = [_estimate(pairs) for pairs in layers]
+        estimates = [_estimate(pairs, self.transfer) for pairs in layers]
         factors = self.factors([norm for _, norm in estimates])
         steps = {}
         for pairs, (directions, _), factor in zip(layers, estimates, factors, strict=True):
             for pair, direction in zip(pairs, directions, strict=True):
-                wide = torch.promote_types(pair.B.dtype, torch.float32)
+                wide = torch.promote_types(self.moved(pair).dtype, torch.float32)
                 steps[pair.name] = (direction * factor).to(wide)
         return steps
 
 
-def _estimate(pairs: list[Pair]) -> tuple[list[Tensor], Tensor]:
-    """H A^+ / s [m, r] of a layer's pairs, and ||H||.
+def _estimate(pairs: list[Pair], transfer: str) -> tuple[list[Tensor], Tensor]:
+    """H A^+ / s [m, r] of a layer's pairs, or B^+ H / s [r, n], and ||H||.
 
     In float64, because the Gram matrices square the condition number. Several active adapters are
     one: W + sum s_i B_i A_i = W + B A with the A_i below, the s_i B_i beside one another.
@@ -96,14 +110,20 @@ def _estimate(pairs: list[Pair]) -> tuple[list[Tensor], Tensor]:
     dA = _joined([pair.A.grad for pair in pairs], 0)
     dB = _joined([pair.B.grad.double() / pair.scaling for pair in pairs], 1)
     gram_A, gram_B = A @ A.t(), B.t() @ B
-    inverse_A = _inverse(gram_A, _like(A, pairs[0].A))
-    X, Y = dB @ inverse_A, _inverse(gram_B, _like(B, pairs[0].B)) @ dA
+    inverse_A = inverse_gram(gram_A, _like(A, pairs[0].A))
+    inverse_B = inverse_gram(gram_B, _like(B, pairs[0].B))
+    X, Y = dB @ inverse_A, inverse_B @ dA
     YA = Y @ A.t()
     square = (X.t() @ X * gram_A).sum() + (Y @ Y.t() * gram_B).sum() + 2 * (B.t() @ X * YA).sum()
+    norm = square.clamp_min(0).sqrt() / 2
+    ranks = [pair.B.shape[1] for pair in pairs]
+    if transfer == "A":
+        joined = (Y + inverse_B @ (B.t() @ X) @ A) / 2
+        # Of B with the s in it: no more is to be divided.
+        return list(joined.split(ranks, 0)) if len(pairs) > 1 else [joined], norm
     joined = (X + B @ YA @ inverse_A) / 2
-    parts = joined.split([pair.B.shape[1] for pair in pairs], 1) if len(pairs) > 1 else [joined]
-    parts = [part / pair.scaling for part, pair in zip(parts, pairs, strict=True)]
-    return parts, square.clamp_min(0).sqrt() / 2
+    parts = joined.split(ranks, 1) if len(pairs) > 1 else [joined]
+    return [part / pair.scaling for part, pair in zip(parts, pairs, strict=True)], norm
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -116,7 +136,7 @@ def _like(joined: Tensor, part: Tensor) -> Tensor:
     return torch.empty(joined.shape, dtype=part.dtype, device="meta")
 
 
-def _inverse(gram: Tensor, factor: Tensor) -> Tensor:
+def inverse_gram(gram: Tensor, factor: Tensor) -> Tensor:
     """(F F')^+ without what torch.linalg.pinv(F) leaves out: 0 at F = 0."""
     cutoff = (max(factor.shape) * torch.finfo(factor.dtype).eps) ** 2
     floor = gram.shape[0] * torch.finfo(gram.dtype).eps

@@ -35,7 +35,8 @@ class LoRASAM(Ascent):
             rho: radius, finite and at least 0: 0.003 (Flat-LoRA's comparison), 0.05 to 0.2 (BAR's).
             norm: "joint", one ball for all tensors, or "per_tensor", one for each.
             last_only: take the second gradient from the last micro-batch alone, of each rank.
-            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
+            options: `schedule` of rho, `ascents` and `seed`, see `Ascent` in _ascent.py; those of
+                `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or a model

@@ -1,11 +1,11 @@
 """SAM: the gradient at the worst point of a small ball around the weights."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flatkern.methods._ascent import Ascent
 from flatkern.methods._layers import WeightGradient, adding, lora_layers, recording
@@ -34,7 +34,7 @@ class SAM(Ascent):
         last_only: bool = False,
         **options: Any,
     ) -> None:
-        """Choose what is perturbed.
+        """Choose what is perturbed, and how far.
 
         Args:
             model, optimizer: see `Method`.
@@ -45,7 +45,8 @@ class SAM(Ascent):
                 layer up to m x n; with several ranks m x n.
             norm: "joint", one ball for all tensors, or "per_tensor", one for each.
             last_only: take the second gradient from the last micro-batch alone, of each rank.
-            options: `seed`, in [0, 2^32), of the rounding of 16-bit weights; those of `Method`.
+            options: `schedule` of rho, `ascents` and `seed`, see `Ascent` in _ascent.py; those of
+                `Method`.
 
         Raises:
             TypeError, ValueError: see `Method`; an option of the wrong kind or value, or "merged"
@@ -64,11 +65,25 @@ class SAM(Ascent):
             with super().ascended(loss_fn, batches):
                 yield
             return
+        with contextlib.ExitStack() as moved:
+            gradients = self._recorded(lambda: self.mean_gradient(loss_fn, batches))
+            moved.enter_context(adding(self._steps(gradients)))
+            passes = self.further_ascents(loss_fn, batches)
+            for _ in range(1, self.ascents):
+                moved.enter_context(adding(self._steps(self._recorded(lambda: next(passes)))))
+            yield
+
+    def _recorded(self, run: Callable[[], Any]) -> dict[nn.Module, WeightGradient]:
+        """G of every layer in a pass, the mean over the ranks."""
         gradients = {module: WeightGradient(module) for module in self._modules}
         with recording(gradients):
-            self.mean_gradient(loss_fn, batches)
+            run()
         for gradient in gradients.values():
             gradient.average(self.ranks)
+        return gradients
+
+    def _steps(
+        self, gradients: dict[nn.Module, WeightGradient]
+    ) -> dict[nn.Module, tuple[WeightGradient, Tensor]]:
         factors = self.factors([gradient.norm() for gradient in gradients.values()])
-        with adding({m: (gradients[m], f) for m, f in zip(gradients, factors, strict=True)}):
-            yield
+        return {m: (gradients[m], f) for m, f in zip(gradients, factors, strict=True)}

@@ -3,7 +3,14 @@
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keys import NoiseKey
 from flatkern.noise.registry import close
-from flatkern.noise.schedules import constant, cosine_ramp, linear_ramp, lpf
+from flatkern.noise.schedules import (
+    constant,
+    cosine_ramp,
+    inverse_sqrt,
+    linear_decay,
+    linear_ramp,
+    lpf,
+)
 from flatkern.noise.window import WeightNoise
 
 __all__ = [
@@ -13,6 +20,8 @@ __all__ = [
     "close",
     "constant",
     "cosine_ramp",
+    "inverse_sqrt",
+    "linear_decay",
     "linear_ramp",
     "lpf",
 ]

@@ -1,4 +1,4 @@
-"""Schedules: callables that take the 0-based optimizer step and return a factor of sigma."""
+"""Schedules: callables that take the 0-based optimizer step and return a factor of sigma or rho."""
 
 import functools
 import math
@@ -38,6 +38,20 @@ def linear_ramp(total_steps: int) -> Schedule:
     return functools.partial(_linear_ramp, total_steps)
 
 
+def linear_decay(total_steps: int) -> Schedule:
+    """1 - t / T, from 1 at step t = 0 to 0 at t = T, and 0 after that.
+
+    Args, raises: as `cosine_ramp`.
+    """
+    _check_total("linear_decay", total_steps)
+    return functools.partial(_linear_decay, total_steps)
+
+
+def inverse_sqrt() -> Schedule:
+    """1 / sqrt(t + 1), 1 at step t = 0: the radius of SAM's convergence theorems."""
+    return _inverse_sqrt
+
+
 def lpf(total_steps: int, alpha: float = 15.0) -> Schedule:
     """1 + alpha (1 - cos(pi t / T)) / 2, from 1 to 1 + alpha. Source: LPF-SGD (Bisla et al., 2022).
 
@@ -72,6 +86,14 @@ def _linear_ramp(total_steps: int, step: int) -> float:
     return min(step / total_steps, 1.0)
 
 
+def _linear_decay(total_steps: int, step: int) -> float:
+    return max(1.0 - step / total_steps, 0.0)
+
+
+def _inverse_sqrt(step: int) -> float:
+    return 1.0 / math.sqrt(step + 1)
+
+
 def _lpf(total_steps: int, alpha: float, step: int) -> float:
     return 1.0 + alpha * _cosine_ramp(total_steps, step)
 
@@ -87,7 +109,7 @@ def schedule_of(op: str, schedule: Schedule | str | None) -> Schedule:
         return constant()
     if callable(schedule):
         return schedule
-    if schedule in ("cosine_ramp", "linear_ramp", "lpf"):
+    if schedule in ("cosine_ramp", "linear_ramp", "linear_decay", "lpf"):
         raise TypeError(
             f"{op}: schedule {schedule!r} needs the number of optimizer steps, which only the "
             f"callbacks of a trainer know; pass flatkern.{schedule}(total_steps)"

@@ -1,7 +1,7 @@
 """The public ops; each is also registered as `torch.ops.flatkern.<name>`."""
 
 from flatkern.ops.foreach import foreach_perturb_, foreach_restore_, foreach_row_norm
-from flatkern.ops.noise import noise, philox_bits
+from flatkern.ops.noise import noise, philox_bits, uniform
 from flatkern.ops.noisy_linear import noisy_linear
 from flatkern.ops.perturb import perturb, perturb_, restore_
 from flatkern.ops.perturb_merged import perturb_merged_
@@ -22,4 +22,5 @@ __all__ = [
     "philox_bits",
     "restore_",
     "row_norm",
+    "uniform",
 ]

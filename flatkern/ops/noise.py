@@ -1,4 +1,4 @@
-"""Counter-based random words and normals: `philox_bits` and `noise`.
+"""Counter-based random words, normals and uniform values: `philox_bits`, `noise`, `uniform`.
 
 Element (i, j) depends on (seed, step, draw, tensor, row_offset + i, col_offset + j) alone, so any
 slice, shard, thread count or backend sees the same words.
@@ -15,6 +15,7 @@ _SCHEMA = (
 )
 define("philox_bits", _SCHEMA)
 define("noise", _SCHEMA)
+define("uniform", _SCHEMA)
 
 
 def philox_bits(
@@ -74,6 +75,35 @@ def noise(rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset:
     return torch.ops.flatkern.noise(rows, cols, key, row_offset=row_offset, col_offset=col_offset)
 
 
+def uniform(
+    rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0
+) -> Tensor:
+    """Uniform values u in (-1, 1), a pure function of the key and the coordinates.
+
+    u = (2 k + 1) 2^-24 - 1, with k the upper 24 bits of the element's word: symmetric around 0 and
+    never 0, of variance (1 - 2^-48) / 3. Nothing is rounded, so all implementations give the same
+    bits. The words are those of `noise`: take another draw where both are wanted independent.
+
+    Args:
+        rows, cols: shape of the block.
+        key: int64 [4] = (seed, step, draw, tensor), see `flatkern.NoiseKey`.
+        row_offset, col_offset: global coordinates of the block's first element;
+            rows end within 2^32, columns within 2^34.
+
+    Returns:
+        float32 [rows, cols] on the key's device.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
+
+    Equivalent eager code:
+
+        u = ((philox_bits(rows, cols, key) >> 7 | 1) - 2**24).float() * 2**-24
+    """
+    _check_kinds("uniform", rows, cols, key, row_offset, col_offset)
+    return torch.ops.flatkern.uniform(rows, cols, key, row_offset=row_offset, col_offset=col_offset)
+
+
 def _check_kinds(
     op: str, rows: int, cols: int, key: Tensor, row_offset: int, col_offset: int
 ) -> None:
@@ -101,6 +131,12 @@ def _select_noise(rows, cols, key, *, row_offset=0, col_offset=0):
     return run(rows, cols, key, row_offset=row_offset, col_offset=col_offset)
 
 
+def _select_uniform(rows, cols, key, *, row_offset=0, col_offset=0):
+    _check_values("uniform", rows, cols, key, row_offset, col_offset)
+    run = kernel("uniform", key)
+    return run(rows, cols, key, row_offset=row_offset, col_offset=col_offset)
+
+
 def _fake_philox_bits(rows, cols, key, *, row_offset=0, col_offset=0):
     _check_values("philox_bits", rows, cols, key, row_offset, col_offset)
     return key.new_empty((rows, cols))
@@ -111,5 +147,11 @@ def _fake_noise(rows, cols, key, *, row_offset=0, col_offset=0):
     return key.new_empty((rows, cols), dtype=torch.float32)
 
 
+def _fake_uniform(rows, cols, key, *, row_offset=0, col_offset=0):
+    _check_values("uniform", rows, cols, key, row_offset, col_offset)
+    return key.new_empty((rows, cols), dtype=torch.float32)
+
+
 implement("philox_bits", _select_philox_bits, _fake_philox_bits)
 implement("noise", _select_noise, _fake_noise)
+implement("uniform", _select_uniform, _fake_uniform)

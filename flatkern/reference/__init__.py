@@ -4,7 +4,7 @@ Functions here trust their arguments: `flatkern.ops` has checked them, and hands
 2-D matrices. Full-size temporaries are allowed here and nowhere else.
 """
 
-from flatkern.reference.noise import noise, philox_bits
+from flatkern.reference.noise import noise, philox_bits, uniform
 from flatkern.reference.perturb import perturb, perturb_, perturb_out, restore_
 from flatkern.reference.perturb_merged import perturb_merged_
 from flatkern.reference.row_norm import row_norm
@@ -18,4 +18,5 @@ __all__ = [
     "philox_bits",
     "restore_",
     "row_norm",
+    "uniform",
 ]

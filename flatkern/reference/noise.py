@@ -1,4 +1,4 @@
-"""Philox4x32-10 and Box-Muller in plain PyTorch."""
+"""Philox4x32-10, Box-Muller and uniform values in plain PyTorch."""
 
 import math
 
@@ -60,3 +60,12 @@ def noise(rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset:
     z = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
     z = z.float().view(rows, 4 * groups)
     return z[:, col_offset - begin : col_offset - begin + cols].contiguous()
+
+
+def uniform(
+    rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0
+) -> Tensor:
+    """Uniform values in (-1, 1), float32 [rows, cols]: odd multiples of 2^-24, exactly."""
+    words = philox_bits(rows, cols, key, row_offset=row_offset, col_offset=col_offset)
+    # An odd integer below 2^24 in magnitude: neither the conversion nor the product rounds.
+    return ((words >> 7 | 1) - 2**24).float() * 2.0**-24

@@ -18,7 +18,7 @@ except ImportError as error:
     _not_imported = f"triton cannot be imported: {error}"
 else:
     _not_imported = None
-    from flatkern.triton.noise import noise, philox_bits
+    from flatkern.triton.noise import noise, philox_bits, uniform
     from flatkern.triton.perturb import perturb, perturb_, perturb_out, restore_
     from flatkern.triton.perturb_merged import perturb_merged_
     from flatkern.triton.row_norm import row_norm
@@ -36,6 +36,7 @@ __all__ = [
     "philox_bits",
     "restore_",
     "row_norm",
+    "uniform",
     "why_unusable",
 ]
 

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and Box-Muller as device functions, and the two ops that show them."""
+"""Philox4x32-10 and Box-Muller as device functions, and the three ops that show them."""
 
 import torch
 import triton
@@ -163,11 +163,82 @@ UNROLL = tl.constexpr(4)
 
 
 @triton.jit
-def _store_tile(out, state, first_group, tile, mask, ROWS: tl.constexpr, VECTORS: tl.constexpr):
-    """A tile of normals; `out` is [ROWS, 1], pointers to the first column of the chunk."""
+def _unit(word):
+    """The value of the op `uniform`: an odd multiple of 2^-24 in (-1, 1); nothing is rounded."""
+    odd = (word >> 7 | 1).to(tl.int32, bitcast=True) - 16777216
+    return odd.to(tl.float32) * (2.0**-24)
+
+
+@triton.jit
+def _uniform_tile(state, group, ROWS: tl.constexpr, VECTORS: tl.constexpr):
+    """Uniform values of VECTORS groups of columns, as `noise_tile`."""
+    w0, w1, w2, w3 = philox_group(state, group)
+    u = tl.join(tl.join(_unit(w0), _unit(w2)), tl.join(_unit(w1), _unit(w3)))
+    return tl.reshape(u, (ROWS, VECTORS * 4))
+
+
+@triton.jit
+def _store_tile(
+    out,
+    state,
+    first_group,
+    tile,
+    mask,
+    ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """A tile of values; `out` is [ROWS, 1], pointers to the first column of the chunk."""
     group = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
-    z = noise_tile(state, first_group + group.to(tl.uint32), RADIUS, ROWS, VECTORS, 4)
+    if UNIFORM:
+        z = _uniform_tile(state, first_group + group.to(tl.uint32), ROWS, VECTORS)
+    else:
+        z = noise_tile(state, first_group + group.to(tl.uint32), RADIUS, ROWS, VECTORS, 4)
     tl.store(out + (tile * (VECTORS * 4) + tl.arange(0, VECTORS * 4)[None, :]), z, mask=mask)
+
+
+@triton.jit
+def _fill(
+    out,
+    key,
+    rows,
+    cols,
+    row_offset,
+    group_offset,
+    shift,
+    tiles,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """Values into a contiguous float32 matrix; ALIGNED: shift is 0, cols a multiple of 4."""
+    row, state, begin, first_group, last = _begin(
+        key, rows, cols, row_offset, group_offset, shift, tiles, ROWS, VECTORS * 4
+    )
+    span: tl.constexpr = VECTORS * 4
+    column = tl.arange(0, span)[None, :]
+    row_mask = row < rows
+    if ALIGNED:
+        out += row * (cols // 4 * 4) + begin
+        whole = last // (span * UNROLL)
+        for i in range(whole):
+            for u in tl.static_range(UNROLL):
+                _store_tile(
+                    out, state, first_group, i * UNROLL + u, row_mask, ROWS, VECTORS, UNIFORM
+                )
+        for u in tl.static_range(UNROLL):
+            tile = whole * UNROLL + u
+            if tile * span < last:
+                # Cut between vectors, which keeps the stores wide.
+                mask = row_mask & ((tile * span + column) // 4 < last // 4)
+                _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS, UNIFORM)
+    else:
+        out += row * cols + (begin - shift)
+        for tile in range((last + span - 1) // span):
+            j = tile * span + column
+            mask = row_mask & (begin + j >= shift) & (j < last)
+            _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS, UNIFORM)
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
@@ -184,31 +255,30 @@ def noise_kernel(
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """Normals into a contiguous float32 matrix; ALIGNED: shift is 0, cols a multiple of 4."""
-    row, state, begin, first_group, last = _begin(
-        key, rows, cols, row_offset, group_offset, shift, tiles, ROWS, VECTORS * 4
+    """Normals."""
+    _fill(
+        out, key, rows, cols, row_offset, group_offset, shift, tiles, ALIGNED, ROWS, VECTORS, False
     )
-    span: tl.constexpr = VECTORS * 4
-    column = tl.arange(0, span)[None, :]
-    row_mask = row < rows
-    if ALIGNED:
-        out += row * (cols // 4 * 4) + begin
-        whole = last // (span * UNROLL)
-        for i in range(whole):
-            for u in tl.static_range(UNROLL):
-                _store_tile(out, state, first_group, i * UNROLL + u, row_mask, ROWS, VECTORS)
-        for u in tl.static_range(UNROLL):
-            tile = whole * UNROLL + u
-            if tile * span < last:
-                # Cut between vectors, which keeps the stores wide.
-                mask = row_mask & ((tile * span + column) // 4 < last // 4)
-                _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS)
-    else:
-        out += row * cols + (begin - shift)
-        for tile in range((last + span - 1) // span):
-            j = tile * span + column
-            mask = row_mask & (begin + j >= shift) & (j < last)
-            _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS)
+
+
+@triton.jit(do_not_specialize=_PER_CALL)
+def uniform_kernel(
+    out,
+    key,
+    rows,
+    cols,
+    row_offset,
+    group_offset,
+    shift,
+    tiles,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Uniform values."""
+    _fill(
+        out, key, rows, cols, row_offset, group_offset, shift, tiles, ALIGNED, ROWS, VECTORS, True
+    )
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
@@ -291,3 +361,11 @@ def noise(rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset:
     """Standard normals z, float32 [rows, cols]."""
     arguments = rows, cols, key, row_offset, col_offset
     return _launch_kernel(noise_kernel, *arguments, torch.float32)
+
+
+def uniform(
+    rows: int, cols: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0
+) -> Tensor:
+    """Uniform values in (-1, 1), float32 [rows, cols]."""
+    arguments = rows, cols, key, row_offset, col_offset
+    return _launch_kernel(uniform_kernel, *arguments, torch.float32)

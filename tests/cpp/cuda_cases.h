@@ -33,6 +33,13 @@ inline std::vector<float> noise_of(const flatkern::cuda::Block& w, int sm_count)
   return {z, z + w.rows * w.cols};
 }
 
+inline std::vector<float> uniform_of(const flatkern::cuda::Window& w, int sm_count) {
+  check::Guarded out(w.rows * w.cols * 4);
+  launched([&] { flatkern::cuda::launch_uniform({w, out.data()}, sm_count, kStream); }, 1);
+  const float* u = reinterpret_cast<const float*>(out.data());
+  return {u, u + w.rows * w.cols};
+}
+
 // Scales of ordinary size and those that need care, starting anywhere among them.
 inline std::vector<float> scales_of(int64_t rows, int64_t start) {
   const float special[] = {0.05f,     1.0f,      0.0f,   -0.0f,       NAN,       INFINITY,

@@ -48,9 +48,19 @@ void test_words_and_normals() {
       int64_t far = 0;
       for (size_t i = 0; i < z.size(); ++i) far += !(std::fabs(once[i] - z[i]) <= 1e-5f);
       CHECK(far == 0, "%ld normals, %ld columns, offset %lu", far, cols, offset);
+      // From the words in double: nothing is rounded, so the bits are the same everywhere.
+      std::vector<float> u(w.rows * cols);
+      host().uniform({args.block, u.data()}, 0, units);
+      const auto exact = [](int64_t word) {
+        return std::ldexp(static_cast<double>(2 * (word >> 8) + 1), -24) - 1;
+      };
+      int64_t wrong = 0;
+      for (size_t i = 0; i < u.size(); ++i) wrong += u[i] != exact(words[i]);
+      CHECK(wrong == 0, "%ld uniform values, %ld columns, offset %lu", wrong, cols, offset);
       for (const int sm_count : {1, 2, 132}) {
         CHECK(words_of(w, sm_count) == words, "words, %ld columns, offset %lu", cols, offset);
         CHECK(noise_of(w, sm_count) == once, "grids, %ld columns, offset %lu", cols, offset);
+        CHECK(uniform_of(w, sm_count) == u, "uniform, %ld columns, offset %lu", cols, offset);
       }
     }
   }
@@ -235,6 +245,7 @@ void test_empty() {
                                     cols, &scale,  false};
     launched([&] { cuda::launch_philox_bits({w, nullptr}, 132, kStream); }, 0);
     launched([&] { cuda::launch_noise({w, nullptr}, 132, kStream); }, 0);
+    launched([&] { cuda::launch_uniform({w, nullptr}, 132, kStream); }, 0);
     launched([&] { cuda::launch_perturb({args}, 132, kStream); }, 0);
     launched([&] { cuda::launch_restore({args}, 132, kStream); }, 0);
   }

@@ -56,6 +56,12 @@ std::vector<float> noise_of(const Kernels& k, int64_t cols, uint64_t col_offset)
   return out;
 }
 
+std::vector<float> uniform_of(const Kernels& k, int64_t cols, uint64_t col_offset) {
+  std::vector<float> out(kRows * cols);
+  k.uniform({block_of(cols, col_offset), out.data()}, 0, units(cols));
+  return out;
+}
+
 std::vector<char> perturbed(const Kernels& k, bool restore, std::vector<char> weight, Dtype from,
                             Dtype to, int64_t cols, bool elementwise) {
   std::vector<float> scale = {0.5f, 1e-3f, 0.0f, -0.0f, NAN, INFINITY, 3e38f};
@@ -115,6 +121,8 @@ void compare(const Kernels& k, const Kernels& base) {
   for (const int64_t cols : kColumns) {
     for (const uint64_t offset : kColumnOffsets) {
       expect(noise_of(k, cols, offset) == noise_of(base, cols, offset), "noise", k.name, cols);
+      expect(uniform_of(k, cols, offset) == uniform_of(base, cols, offset), "uniform", k.name,
+             cols);
     }
     for (const Dtype from : kDtypes) {
       const auto wild = random_weights(kRows * cols, from, false, 1);

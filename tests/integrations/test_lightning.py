@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import flatkern
+from flatkern import methods
 from flatkern.integrations.lightning import FlatLoRACallback
 from flatkern.nn import replace_linear
 
@@ -347,3 +348,44 @@ def test_what_gives_no_windows_is_refused(tmp_path):
         FlatLoRACallback(schedule="cosine")
     with pytest.raises(TypeError, match="measure"):
         FlatLoRACallback(measure=1)
+
+
+class ByMethod(Module):
+    """Manual optimization, where a method makes the passes of a step."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.automatic_optimization = make, False
+
+    def on_train_start(self):
+        self.method = self.make(self.model, self.optimizers().optimizer)
+
+    def training_step(self, batch, batch_idx):
+        self.method.step(self.loss, [batch])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SAM", {"rho": 0.3, "ascents": 2}),
+        ("GSAM", {"rho": 0.3}),
+        ("GMP", {"sigma": 0.1}),
+        ("SmoothOut", {"sigma": 0.1}),
+        ("EntropySGD", {"inner_steps": 2}),
+        ("ES", {"population": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_method_makes_the_steps_of_manual_optimization(tmp_path, name, options):
+    def make(model, optimizer):
+        return getattr(methods, name)(model, optimizer, **options)
+
+    _, module = fit(tmp_path, None, module=ByMethod(make), accumulate_grad_batches=1)
+    twin = network()
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    method = make(twin, torch.optim.AdamW(trained, lr=1e-2))
+    seed_everything(7, verbose=False)
+    for _ in range(EPOCHS):
+        for batch in data(BATCHES * 2).split(2):
+            method.step(lambda x: (twin(x) - x).square().mean(), [batch])
+    assert same_bits(bits(module.model), bits(twin))

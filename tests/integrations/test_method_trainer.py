@@ -12,7 +12,7 @@ from tiny import adapted, bits, llama, same_bits
 from tiny_trainer import batches_of, items, trainer_of
 from transformers import Trainer
 
-from flatkern import methods
+from flatkern import inverse_sqrt, methods
 from flatkern.integrations.transformers import MethodTrainerMixin
 from flatkern.nn import replace_linear
 
@@ -63,6 +63,18 @@ CASES = {
     "BAR": (lora, partial(methods.BAR, alpha=2.0)),
     "EFMLoRA": (lora, partial(methods.EFMLoRA, rho=0.5)),
     "FlatLoRA": (lora, partial(methods.FlatLoRA, sigma=0.3)),
+    "GSAM": (adapted, partial(methods.GSAM, rho=0.5)),
+    "FriendlySAM": (adapted, partial(methods.FriendlySAM, rho=0.5, schedule=inverse_sqrt())),
+    "GAM": (adapted, partial(methods.GAM, rho=0.5, alpha=0.5)),
+    "SAM merged twice": (lora, partial(methods.SAM, rho=0.5, scope="merged", ascents=2)),
+    "FMLoRA to A": (lora, partial(methods.FMLoRA, rho=0.5, transfer="A")),
+    "MixedRWP": (adapted, partial(methods.MixedRWP, sigma=0.3, a=1.0, b=0.5, split="last")),
+    "GMP": (adapted, partial(methods.GMP, sigma=0.1, draws=2)),
+    "SmoothOut": (adapted, partial(methods.SmoothOut, sigma=0.1)),
+    "NoisyTune": (adapted, partial(methods.NoisyTune, lam=0.5)),
+    "EntropySGD": (adapted, partial(methods.EntropySGD, inner_steps=2)),
+    "LoRAPro": (lora, methods.LoRAPro),
+    "ES": (partial(lora, dropout=0.5), partial(methods.ES, sigma=1e-2, population=4)),
     # Dropout, which MeZO's passes are without.
     "MeZO": (partial(lora, dropout=0.5), partial(methods.MeZO, mu=1e-2)),
 }
@@ -112,7 +124,7 @@ def test_the_baseline_is_the_plain_trainer(tmp_path):
         assert one == pytest.approx(two, rel=1e-4)
 
 
-@pytest.mark.parametrize("case", ["SAM", "EFMLoRA", "MeZO"])
+@pytest.mark.parametrize("case", ["SAM", "EFMLoRA", "MeZO", "FriendlySAM", "NoisyTune"])
 def test_resume_gives_the_same_bits(tmp_path, case):
     make, method = CASES[case]
 
@@ -198,6 +210,34 @@ def test_an_exception_between_the_passes_leaves_the_weights_as_they_were(tmp_pat
         trainer.train()
     assert same_bits(bits(model), before)
     assert "backward" not in vars(trainer.accelerator)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "text"),
+    [
+        (partial(methods.SAM, rho=-1.0), ValueError, "SAM: rho must be finite and at least 0"),
+        (partial(methods.FlatLoRA, strategy="rows"), ValueError, "strategy must be"),
+        (partial(methods.GAM, delta=0.0), ValueError, "GAM: delta must be above 0"),
+        (partial(methods.ES, population=3), ValueError, "ES: population must be .* even, got"),
+        (partial(methods.SAM, schedule="linear_ramp"), TypeError, "number of optimizer steps"),
+        (partial(methods.SAM, rh0=0.1), TypeError, "rh0"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_the_trainer_is_made(tmp_path, method, error, text):
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=text):
+        MethodTrainer(model=torch.nn.Linear(1, 1), method=method)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_method_of_one_s_own_is_made_for_its_model_alone(tmp_path):
+    class Own(methods.LoRA):
+        def __init__(self, model, optimizer, **options):
+            assert hasattr(model, "lm_head")
+            super().__init__(model, optimizer, **options)
+
+    method_trainer(tmp_path, adapted(), Own)[0].train()
 
 
 def test_what_cannot_run_is_refused(tmp_path, monkeypatch):

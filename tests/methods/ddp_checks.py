@@ -1,13 +1,13 @@
 """Methods on ranks with batches of their own against one process with all, on every rank."""
 
 import functools
-import multiprocessing
 
 import on_ranks
 import pytest
 import torch
 import torch.distributed as dist
 from method_cases import CASES, Case, loss_fn_of, make_model, sgd, step_gradients
+from on_ranks import check
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +36,7 @@ EVERY += [
     Case(methods.LPFSGD, {"sigma": 0.1, "scope": "full"}),
     Case(methods.RWP, {"sigma": 0.1, "max_grad_norm": 0.05}),
     Case(methods.MeZO, {"mu": 0.01, "max_grad_norm": 0.05}),
+    Case(methods.SAM, {"scope": "merged", "rho": 0.3, "ascents": 3}),
 ]
 EVERY = list({str((case.type, case.options)): case for case in EVERY}.values())
 # Another method than on one process, by definition: docs/distributed.md.
@@ -47,15 +48,6 @@ OTHERS = [
     Case(methods.MixedRWP, {"sigma": 0.1, "split": "ranks"}),
     Case(methods.MixedRWP, {"sigma": 0.1, "split": "ranks", "strategy": "fisher"}),
 ]
-
-CHECKS = {}
-
-
-def check(function=None, *, ranks=(2, 4)):
-    if function is None:
-        return functools.partial(check, ranks=ranks)
-    CHECKS[function.__name__] = ranks, lambda rank, folder: function(rank)
-    return function
 
 
 def ddp(model, **options):
@@ -101,8 +93,8 @@ def each(cases, function):
     assert not found, "\n".join(found)
 
 
-@check
-def every_method_is_that_of_one_process(rank):
+@check()
+def every_method_is_that_of_one_process(_, rank, folder):
     world = dist.get_world_size()
 
     def compare(case):
@@ -124,8 +116,8 @@ def every_method_is_that_of_one_process(rank):
     each(same if world == 2 else few, compare)
 
 
-@check
-def ranks_never_come_apart(rank):
+@check()
+def ranks_never_come_apart(_, rank, folder):
     """Also where the method is another one than on one process, and in 16 bits."""
     world = dist.get_world_size()
 
@@ -153,7 +145,7 @@ def mixed_by_hand(lam, batches, options):
 
 
 @check(ranks=(2, 4))
-def clean_and_noisy_ranks(rank):
+def clean_and_noisy_ranks(_, rank, folder):
     """2, 3 or 4 of them: either mean is that of its own ranks, however many."""
     options = {"sigma": 0.1, "strategy": "row", "seed": 3}
     for size in range(2, dist.get_world_size() + 1):
@@ -169,7 +161,7 @@ def clean_and_noisy_ranks(rank):
 
 
 @check(ranks=(4,))
-def three_ranks_are_one_process(rank):
+def three_ranks_are_one_process(_, rank, folder):
     group = dist.new_group([0, 1, 2])
     if rank == 3:
         return
@@ -184,7 +176,7 @@ def three_ranks_are_one_process(rank):
 
 
 @check(ranks=(2,))
-def unequal_numbers_of_micro_batches(rank):
+def unequal_numbers_of_micro_batches(_, rank, folder):
     """The mean over ranks of their own means; MixedRWP's halves would not be halves."""
     batches = batches_of(0, 3)
     own = batches[:1] if rank == 0 else batches[1:]
@@ -210,6 +202,20 @@ def trained(model):
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
+SPARSE = [
+    ("MixedRWP", {"sigma": 0.3}),
+    ("SAM", {}),
+    ("ARWP", {}),
+    ("MeZO", {}),
+    ("GSAM", {}),
+    ("FriendlySAM", {}),
+    ("GAM", {}),
+    ("SmoothOut", {}),
+    ("EntropySGD", {"inner_steps": 2}),
+    ("ES", {"population": 2}),
+]
+
+
 class Words(nn.Module):
     """An embedding with sparse gradients, and a weight that only some batches use."""
 
@@ -228,10 +234,10 @@ class Words(nn.Module):
 
 
 @check(ranks=(2,))
-def sparse_gradients_and_weights_without(rank):
+def sparse_gradients_and_weights_without(_, rank, folder):
     """Of the embedding on every rank; of the weight on one."""
     batches = [(torch.tensor([1, 2, 2]), False), (torch.tensor([2, 5, 7]), True)]
-    for name, options in (("MixedRWP", {"sigma": 0.3}), ("SAM", {}), ("ARWP", {}), ("MeZO", {})):
+    for name, options in SPARSE:
         case = Case(getattr(methods, name), options)
         results = []
         for wrap in (None, functools.partial(ddp, find_unused_parameters=True)):
@@ -244,12 +250,12 @@ def sparse_gradients_and_weights_without(rank):
                 method.step(model, own)
             results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert_ranks_agree(results[1])
-        tolerances = EQUAL if name != "MeZO" else QUOTIENT
+        tolerances = EQUAL if name not in ("MeZO", "ES") else QUOTIENT
         torch.testing.assert_close(results[1], results[0], **tolerances)
 
 
 @check(ranks=(2,))
-def a_method_of_what_is_inside_ddp(rank):
+def a_method_of_what_is_inside_ddp(_, rank, folder):
     model = make_model(F64)
     wrapped = ddp(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -265,7 +271,7 @@ def a_method_of_what_is_inside_ddp(rank):
 
 
 @check(ranks=(2, 4))
-def over_merged_weights_under_fsdp(rank):
+def over_merged_weights_under_fsdp(_, rank, folder):
     world = dist.get_world_size()
 
     def cut(model, mesh=None):
@@ -285,14 +291,35 @@ def over_merged_weights_under_fsdp(rank):
         torch.testing.assert_close(found, one, **EQUAL)
 
 
+# Those that read or write the weights' shards themselves, or their gradients'.
+ON_SHARDS = [
+    Case(methods.SAM, {"rho": 0.3, "ascents": 2}),
+    Case(methods.GSAM, {"rho": 0.3}),
+    Case(methods.FriendlySAM, {"rho": 0.3}),
+    Case(methods.GAM, {"rho": 0.3, "alpha": 0.5}),
+    Case(methods.FMLoRA, {"rho": 0.3, "transfer": "A"}),
+    Case(methods.GMP, {"sigma": 0.1}),
+    Case(methods.SmoothOut, {"sigma": 0.1}),
+    Case(methods.SmoothOut, {"sigma": 0.1, "strategy": "row"}),
+    Case(methods.NoisyTune, {"lam": 0.5}),
+    Case(methods.EntropySGD, {"inner_steps": 3, "sigma": 0.1}),
+    Case(methods.LoRAPro),
+]
+
+
 @check(ranks=(2,))
-def what_ranks_that_share_weights_cannot(rank):
+def sharded_weights_are_those_of_one_process(_, rank, folder):
+    def compare(case):
+        one = train(make_model(F64), case, lambda step: batches_of(step, 2))
+        found = train(make_model(F64), case, lambda step: mine(step, 1, rank, 2), wrap=fully_shard)
+        torch.testing.assert_close(found, one, **EQUAL)
+
+    each(ON_SHARDS, compare)
+
+
+@check(ranks=(2,))
+def what_ranks_that_share_weights_cannot(_, rank, folder):
     case = Case(methods.MixedRWP, {"split": "ranks"})
     for wrap in (lambda model: model, fully_shard):
         with pytest.raises(ValueError, match="split must be 'halves' or 'last' without several"):
             train(make_model(F64), case, lambda step: batches_of(step, 2), wrap=wrap)
-
-
-if multiprocessing.parent_process() is not None:
-    # On a rank. In the tests' own process this registry belongs to test_distributed.py.
-    on_ranks.CHECKS.update(CHECKS)

@@ -10,6 +10,9 @@ from torch import nn
 import flatkern
 from flatkern import methods
 
+# Methods about A and B themselves.
+PAIRED = (methods.BAR, methods.FMLoRA, methods.LoRAPro)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,7 +32,7 @@ class Case:
     @property
     def adapters(self):
         """Whether it needs LoRA layers."""
-        by_type = self.type in (methods.LoRASAM, methods.BAR, methods.FMLoRA, methods.EFMLoRA)
+        by_type = issubclass(self.type, (methods.LoRASAM, methods.FMLoRA, *PAIRED))
         flat = self.type is methods.FlatLoRA
         return by_type or flat or self.options.get("scope") == "merged"
 
@@ -63,6 +66,27 @@ CASES = [
     Case(methods.ARWP, {"sigma": 0.1}, {"sigma": 0.0}),
     Case(methods.ARWP, {"sigma": 0.1, "scope": "merged"}, {"sigma": 0.0}),
     Case(methods.MeZO, {"mu": 0.01}, backward=False),
+    Case(methods.SAM, {"ascents": 3}, {"rho": 0.0}),
+    Case(methods.SAM, {"scope": "merged", "ascents": 2}, {"rho": 0.0}),
+    Case(methods.GSAM, quiet={"rho": 0.0, "alpha": 0.0}),
+    Case(methods.FriendlySAM, quiet={"rho": 0.0}),
+    Case(methods.GAM, {"alpha": 0.5}, {"alpha": 0.0}),
+    Case(methods.FMLoRA, {"transfer": "A"}, {"rho": 0.0}),
+    Case(methods.EFMLoRA, {"transfer": "A"}, {"rho": 0.0}),
+    Case(
+        methods.MixedRWP,
+        {"sigma": 0.1, "a": 1.0, "b": 0.5, "split": "last"},
+        {"b": 0.0},
+        splits=False,
+    ),
+    Case(methods.GMP, {"sigma": 0.1}, {"lam": 0.0}),
+    Case(methods.SmoothOut, {"sigma": 0.1}, {"sigma": 0.0}),
+    Case(methods.SmoothOut, {"sigma": 0.1, "strategy": "row"}, {"sigma": 0.0}),
+    Case(methods.NoisyTune, quiet={"lam": 0.0}),
+    Case(methods.EntropySGD, {"inner_steps": 3, "inner_lr": 0.02}),
+    Case(methods.LoRAPro),
+    Case(methods.ES, {"sigma": 0.01, "population": 4}, backward=False),
+    Case(methods.ES, {"population": 4, "fitness": "zscore", "sigma": 0.05}, backward=False),
 ]
 
 
@@ -117,8 +141,11 @@ def assert_left_clean(model, before):
     assert_parameters(model, before)
 
 
-def step_gradients(case, model, batches, **options):
-    """The gradients that the optimizer sees in one step, by name, and the step's loss."""
+def step_gradients(case, model, batches, loss_fn=None, **options):
+    """The gradients that the optimizer sees in one step, by name, and the step's loss.
+
+    Of the outputs' mean square, unless there is a loss of its own.
+    """
     optimizer = sgd(model, lr=0.0)
     seen = {}
 
@@ -128,6 +155,6 @@ def step_gradients(case, model, batches, **options):
                 seen[name] = weight.grad.clone()
 
     hook = optimizer.register_step_pre_hook(look)
-    loss = case(model, optimizer, **options).step(loss_fn_of(model), batches)
+    loss = case(model, optimizer, **options).step(loss_fn or loss_fn_of(model), batches)
     hook.remove()
     return seen, loss

@@ -136,7 +136,7 @@ def test_what_counts_as_deficient_is_what_pinv_says_of_the_factor(ratio):
     factor = torch.linalg.qr(torch.randn(40, 2, generator=generator, dtype=F64))[0]
     factor = (factor * torch.tensor([1.0, ratio], dtype=F64)).float()
     pinv = torch.linalg.pinv(factor).double()
-    got = fmlora._inverse(factor.t().double() @ factor.double(), factor)
+    got = fmlora.inverse_gram(factor.t().double() @ factor.double(), factor)
     # Above the cutoff pinv's float32 error is magnified by 1 / ratio.
     error = (got - pinv @ pinv.t()).norm() / got.norm()
     assert error < 1e-2
@@ -218,7 +218,7 @@ def test_state_is_checked():
     ):
         with pytest.raises(error, match="mean"):
             method.load_state_dict({"mean": mean})
-    assert method.state_dict() == {"mean": {}, "seed": 0, "step": 0}
+    assert method.state_dict() == {"mean": {}, "seed": 0, "step": 0, "rho": 0.05}
 
 
 def test_a_model_whose_adapters_are_not_both_trained():

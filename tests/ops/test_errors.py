@@ -42,6 +42,7 @@ def good(device):
 ACCEPTS = {
     "philox_bits": ("rows", "cols", "key", "row_offset", "col_offset"),
     "noise": ("rows", "cols", "key", "row_offset", "col_offset"),
+    "uniform": ("rows", "cols", "key", "row_offset", "col_offset"),
     "row_norm": ("weight", "lora_A", "lora_B", "scaling"),
     "perturb": ("weight", "row_scale", "key", "elementwise", "dtype", "row_offset", "col_offset"),
     "perturb.out": ("weight", "row_scale", "key", "elementwise", "out", "row_offset", "col_offset"),
@@ -63,6 +64,7 @@ ACCEPTS = {
 POSITIONAL = {
     "philox_bits": 3,
     "noise": 3,
+    "uniform": 3,
     "row_norm": 4,
     "perturb": 3,
     "perturb.out": 3,

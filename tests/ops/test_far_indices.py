@@ -72,6 +72,7 @@ def test_shapes_beyond_32_bits_are_described_without_memory():
     scale = torch.empty(2**20, device="meta")
     assert OPS.noise(2**32, 4, key).shape == (2**32, 4)
     assert OPS.philox_bits(2, 2**34, key).shape == (2, 2**34)
+    assert OPS.uniform(2, 2**34, key).shape == (2, 2**34)
     assert OPS.perturb(weight, scale, key, dtype=torch.float16).dtype == torch.float16
     assert OPS.row_norm(weight).shape == (2**20,)
     assert OPS.perturb_(weight, scale, key) is None

@@ -1,4 +1,4 @@
-"""philox_bits and noise against published vectors, an independent Philox and float64 Box-Muller."""
+"""philox_bits, noise and uniform against published vectors, an independent Philox and float64."""
 
 import functools
 import itertools
@@ -23,6 +23,8 @@ VECTORS = [
 KEY = (0x1234ABCD, 7, 3, 0x80000001)
 LAST_ROW = 2**32 - 1
 LAST_COL = 2**34 - 1
+OPS = [flatkern.ops.noise, flatkern.ops.philox_bits, flatkern.ops.uniform]
+NAMES = [op.__name__ for op in OPS]
 
 
 def make_key(key, device="cpu"):
@@ -177,6 +179,45 @@ def test_noise_at_chosen_words(implementation, device):
         tolerances.assert_within(z, exact, tolerances.NOISE_REFERENCE)
 
 
+def exact_uniform(words):
+    """The middle of the word's interval of 2^-23, from -1 on, in float64."""
+    return (words.astype(np.uint64) >> np.uint64(8)).astype(np.float64) * 2.0**-23 + 2.0**-24 - 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "row_offset", "col_offset"),
+    [(300, 1003, 0, 0), (3, 4097, 5, 2), (64, 100, 2**32 - 64, 2**34 - 100), (2, 7, 0, 3)],
+)
+def test_uniform_values_are_exact_in_every_implementation(
+    implementation, device, rows, cols, row_offset, col_offset
+):
+    offsets = {"row_offset": row_offset, "col_offset": col_offset}
+    u = flatkern.ops.uniform(rows, cols, make_key(KEY, device), **offsets).cpu()
+    assert u.dtype == torch.float32
+    exact = exact_uniform(oracle.words(rows, cols, KEY, **offsets))
+    np.testing.assert_array_equal(u.double().numpy(), exact)
+    assert u.abs().max() < 1
+    assert u.abs().min() > 0
+
+
+def test_uniform_at_chosen_words(implementation, device):
+    """The ends are symmetric and inside (-1, 1); the words next to 0 are +-2^-24."""
+    seed, step = 99, 5
+    words = (0, 2**32 - 1, 2**31, 2**31 - 1)
+    row, block, tensor, draw = oracle.philox_inverse(words, (seed, step))
+    key = make_key((seed, step, draw, tensor), device)
+    u = flatkern.ops.uniform(1, 4, key, row_offset=row, col_offset=4 * block)
+    assert u.tolist() == [[2.0**-24 - 1, 1 - 2.0**-24, 2.0**-24, -(2.0**-24)]]
+
+
+def test_uniform_is_uniform(implementation, device):
+    """Exact values of words; that words are random, others test. 6e5 of them."""
+    u = flatkern.ops.uniform(600, 1000, make_key(KEY, device)).double().cpu()
+    assert abs(z_score(u, 0, 1 / 3)) < tolerances.Z_SCORE
+    assert abs(z_score(u**2, 1 / 3, 4 / 45)) < tolerances.Z_SCORE
+    assert scipy.stats.kstest(u.flatten().numpy(), "uniform", (-1, 2)).pvalue > tolerances.P_VALUE
+
+
 SIDE = 900
 NEIGHBOURS = {
     "base": (5, 100, 2, 17),
@@ -275,7 +316,7 @@ def test_large_values_do_not_come_together(implementation, device):
         assert scipy.stats.binomtest(int(joint), trials, share**2).pvalue > tolerances.P_VALUE
 
 
-@pytest.mark.parametrize("op", [flatkern.ops.noise, flatkern.ops.philox_bits])
+@pytest.mark.parametrize("op", OPS, ids=NAMES)
 def test_slices_and_shards_have_the_bits_of_the_whole(device, op):
     key = make_key(KEY, device)
     origin = {"row_offset": 2**31 - 11, "col_offset": 2**33 - 30}
@@ -301,7 +342,7 @@ def test_shapes_have_the_bits_of_the_whole(device, cols):
         tolerances.assert_same_bits(noise(rows, cols, KEY, device), whole[:rows, :cols])
 
 
-@pytest.mark.parametrize("op", [flatkern.ops.noise, flatkern.ops.philox_bits])
+@pytest.mark.parametrize("op", OPS, ids=NAMES)
 @pytest.mark.parametrize("shape", [(513, 1027), (1, 300_001), (100_003, 3)])
 def test_number_of_threads_does_not_matter(device, threads, op, shape):
     key = make_key(KEY, device)
@@ -313,12 +354,12 @@ def test_number_of_threads_does_not_matter(device, threads, op, shape):
     tolerances.assert_same_bits(results[2], results[0])
 
 
-@pytest.mark.parametrize("op", [flatkern.ops.noise, flatkern.ops.philox_bits])
+@pytest.mark.parametrize("op", OPS, ids=NAMES)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 8), (8, 0), (0, 2**34)])
 def test_empty(device, op, shape):
     result = op(*shape, make_key(KEY, device))
     assert result.shape == shape
-    assert result.dtype == (torch.float32 if op is flatkern.ops.noise else torch.int64)
+    assert result.dtype == (torch.int64 if op is flatkern.ops.philox_bits else torch.float32)
 
 
 @pytest.mark.parametrize("offsets", [{"row_offset": 2**32}, {"col_offset": 2**34}])

@@ -64,6 +64,9 @@ def test_words_and_normals(real_tiles, cols, col_offset):
     words = flatkern.ops.philox_bits(5, cols, make_key(), **offsets)
     expected = oracle.words(5, cols, KEY, **offsets)
     assert torch.equal(words, torch.from_numpy(expected.astype("int64")))
+    u = flatkern.ops.uniform(5, cols, make_key(), **offsets)
+    exact = (torch.from_numpy(expected.astype("int64")) >> 8).double() * 2.0**-23 + 2.0**-24 - 1
+    assert torch.equal(u.double(), exact)
     z = flatkern.ops.noise(5, cols, make_key(), **offsets)
     exact = torch.from_numpy(oracle.normals(5, cols, KEY, **offsets))
     tolerances.assert_within(z, exact, tolerances.NOISE_BULK)
