@@ -33,10 +33,11 @@ demo: setup
 	@echo "About 5 minutes on two quiet cores."
 	$(BIN)/flatkern demo --out demo-results
 
-# By file, because some files compile for all of their tests at once.
+# By file, because some files compile for all of their tests at once; in the order of tests/conftest.py.
 test: setup
 	@echo "10 to 15 minutes on two quiet cores."
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
+	    --no-loadscope-reorder
 
 # The tests with the newest release of everything, also beyond pyproject.toml's ranges: a look ahead.
 test-newest:
@@ -45,7 +46,8 @@ test-newest:
 	    extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	    names = {re.match('[\\w-]+', need)[0] for needs in extras.values() for need in needs}; \
 	    print(*sorted(names - {'flatkern'}))")
-	.venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+	.venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
+	    --no-loadscope-reorder
 
 # Renews the versions that everybody tests with; run `make test` before committing them.
 constraints: setup

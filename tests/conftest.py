@@ -51,8 +51,31 @@ IMPLEMENTATIONS = (
     Implementation("triton", ("cuda", "cpu"), True, False, True, True, False),
 )
 
+# The files that take longest come first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "triton/test_interpreted.py",
+    "csrc/test_cuda_emulated.py",
+    "bench/test_gpu_script.py",
+    "integrations/test_distributed.py",
+    "methods/test_ddp.py",
+    "integrations/test_trainer_ranks.py",
+    "noise/test_window_compile.py",
+    "csrc/test_isa.py",
+    "csrc/test_cuda_residual.py",
+    "csrc/test_sass.py",
+)
+
 # Names that must run: a skip of one of these is a failure, so that a broken build cannot pass.
 REQUIRED = os.environ.get("FLATKERN_TEST_REQUIRE", "reference").split(",")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.as_posix()
+        found = (i for i, name in enumerate(LONGEST) if path.endswith(f"tests/{name}"))
+        return next(found, len(LONGEST))
+
+    items.sort(key=place)
 
 
 def why_unusable(name):
