@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import functools
-import importlib
+import importlib.util
 import io
 import os
 import runpy
@@ -32,6 +32,16 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 ROUNDED = {"rtol": 5e-2, "atol": 2e-2}
 MODES = ("virtual", "inplace")
 WORLDS = (2, 4)
+# Ranks fork from a server that has imported these, which takes as long as the checks. One server
+# serves all files of tests in a process, with what it was started with.
+IMPORTED_ONCE = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+if importlib.util.find_spec("peft") is not None:
+    IMPORTED_ONCE += ["peft", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 # Of every module that was imported: the module, the numbers of ranks and the function by name.
 CHECKS = {}
 # A rank that failed leaves the others waiting for it.
@@ -62,17 +72,14 @@ def checks_of(modules):
     ]
 
 
-def spawn(function, world, *arguments, preload=()):
-    """Processes of (rank, world, *arguments), which see no GPU: their group is gloo's.
-
-    They fork from a server that has imported the modules in `preload`, if it was started with them.
-    """
+def spawn(function, world, *arguments):
+    """Processes of (rank, world, *arguments), which see no GPU: their group is gloo's."""
     # Whoever asks for GPUs starts CUDA, which no fork survives; some of the imports do.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        torch.multiprocessing.set_forkserver_preload([*preload])
+        torch.multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
         torch.multiprocessing.start_processes(
             function, (world, *arguments), nprocs=world, start_method=method
         )
@@ -81,14 +88,14 @@ def spawn(function, world, *arguments, preload=()):
 class Runner:
     """Every check of some modules on a number of ranks, in one group of processes, when asked."""
 
-    def __init__(self, folder, modules, preload=()):
-        self.folder, self.modules, self.preload = folder, modules, preload
+    def __init__(self, folder, modules):
+        self.folder, self.modules = folder, modules
         self._done = set()
 
     def run(self, world):
         if world not in self._done:
             self._done.add(world)
-            spawn(run_rank, world, self.folder, self.modules, preload=self.preload)
+            spawn(run_rank, world, self.folder, self.modules)
 
     def assert_passed(self, world, name):
         self.run(world)

@@ -78,7 +78,7 @@ class EntropySGD(Seeded):
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
         """Write gamma (w - m) into `.grad`; the loss is the mean over the walk."""
         gamma = self.gamma * factor_at("EntropySGD", self._schedule, self._step)
-        weights = list(self.trainable().values())
+        weights = [weight for weight, _ in self.keyed()]
         start = [
             p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in weights
         ]

@@ -9,16 +9,8 @@ import torch.distributed
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["distributed_checks", "distributed_fsdp_checks"]
-# Ranks fork from a server that has imported these, which takes as long as the checks.
-IMPORTED_ONCE = [
-    "torch._dynamo",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-]
 if importlib.util.find_spec("peft") is not None:
     MODULES.append("distributed_peft_checks")
-    IMPORTED_ONCE += ["peft", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(folder):
-    return on_ranks.Runner(folder, MODULES, IMPORTED_ONCE)
+    return on_ranks.Runner(folder, MODULES)
 
 
 @pytest.mark.parametrize(("world", "name"), on_ranks.checks_of(MODULES))
@@ -47,7 +39,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(runner, folder, kind):
 def test_the_example(tmp_path):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     example = ROOT / "examples" / "fsdp2.py"
-    on_ranks.spawn(on_ranks.run_example, 2, store.port, example, tmp_path, preload=IMPORTED_ONCE)
+    on_ranks.spawn(on_ranks.run_example, 2, store.port, example, tmp_path)
     lines = (tmp_path / "output-0").read_text().splitlines()
     losses = [float(line.split()[3]) for line in lines if "loss" in line]
     assert len(losses) == 20

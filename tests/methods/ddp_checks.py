@@ -21,7 +21,10 @@ QUOTIENT = {"rtol": 1e-7, "atol": 1e-10}
 
 # Whatever flatkern.methods has, and options that go other ways.
 KINDS = [kind for name in methods.__all__ if isinstance(kind := getattr(methods, name), type)]
-EVERY = [Case(kind) for kind in KINDS if kind is not methods.Method]
+# Those with defaults for larger models than this one, a long walk and a large population, are among
+# the cases below.
+LARGE = (methods.EntropySGD, methods.ES)
+EVERY = [Case(kind) for kind in KINDS if kind is not methods.Method and kind not in LARGE]
 EVERY += [
     *CASES,
     Case(methods.SAM, {"scope": "merged", "rho": 0.3, "norm": "per_tensor"}),
