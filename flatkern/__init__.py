@@ -1,6 +1,6 @@
 """flatkern: training under weight noise, with every weight restored to the bit."""
 
-from flatkern import methods, nn, noise, ops
+from flatkern import landscape, methods, nn, noise, ops
 from flatkern._backend import available_backends, backend, build_info
 from flatkern._version import __version__
 from flatkern.noise import (
@@ -25,6 +25,7 @@ __all__ = [
     "close",
     "constant",
     "cosine_ramp",
+    "landscape",
     "linear_ramp",
     "lpf",
     "methods",

@@ -157,20 +157,25 @@ FLATKERN_INLINE void for_each_block(const Block& w, int64_t unit_begin, int64_t 
   }
 }
 
+// Normals of columns [begin, end) of one row, from `out` on.
+FLATKERN_INLINE void noise_columns(const Block& w, int64_t row, int64_t begin, int64_t end,
+                                   float* out) {
+  for_each_step<Order::kSplit>(
+      w, row, begin, end,
+      [&](int64_t j, const Normals& z) {
+        store(out + (j - begin), interleave_low(z.even, z.odd));
+        store(out + (j - begin) + kLanes, interleave_high(z.even, z.odd));
+      },
+      [&](int64_t j, int count, const float* values) {
+        memcpy(out + (j - begin), values, count * sizeof(float));
+      });
+}
+
 void noise(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
   const KeepDenormals keep;
   const Block w = args.window;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
-    float* out = static_cast<float*>(args.out) + row * w.cols;
-    for_each_step<Order::kSplit>(
-        w, row, begin, end,
-        [&](int64_t j, const Normals& z) {
-          store(out + j, interleave_low(z.even, z.odd));
-          store(out + j + kLanes, interleave_high(z.even, z.odd));
-        },
-        [&](int64_t j, int count, const float* values) {
-          memcpy(out + j, values, count * sizeof(float));
-        });
+    noise_columns(w, row, begin, end, static_cast<float*>(args.out) + row * w.cols + begin);
   });
 }
 
