@@ -185,8 +185,9 @@ struct Ops {
     const at::Tensor scales[] = {row_scales.select(0, 0), row_scales.select(0, 1)};
     const PerturbArgs first =
         perturb_args(weight, out, words[0], scales[0], false, row_offset, col_offset);
-    Backend::perturb_plane(out, PlaneArgs{first, Backend::key_of(words[1].const_data_ptr<int64_t>()),
-                                          scales[1].const_data_ptr<float>()});
+    Backend::perturb_plane(out,
+                           PlaneArgs{first, Backend::key_of(words[1].const_data_ptr<int64_t>()),
+                                     scales[1].const_data_ptr<float>()});
   }
 
   // Whether two of the tensors may share memory that is written: then they are written one after

@@ -39,9 +39,8 @@ void perturb_plane(const PlaneArgs& args, int64_t unit_begin, int64_t unit_end) 
   const auto columns = args.perturb.weight_dtype == Dtype::kFloat32    ? plane_columns<float>
                        : args.perturb.weight_dtype == Dtype::kBFloat16 ? plane_columns<BFloat16>
                                                                        : plane_columns<Float16>;
-  for_each_block(
-      args.perturb.window, unit_begin, unit_end,
-      [&](int64_t row, int64_t begin, int64_t end) { columns(args, row, begin, end); });
+  for_each_block(args.perturb.window, unit_begin, unit_end,
+                 [&](int64_t row, int64_t begin, int64_t end) { columns(args, row, begin, end); });
 }
 
 }  // namespace flatkern::cpu::FLATKERN_ISA

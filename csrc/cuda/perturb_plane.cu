@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads)
   const Unit unit = unit_of_warp(window, unit_log2, blockIdx.x);
   if (unit.row >= window.rows) return;
   const PlaneRow row(args, unit.row);
-  const T* weight = static_cast<const T*>(args.perturb.weight) + unit.row * args.perturb.weight_stride;
+  const T* weight =
+      static_cast<const T*>(args.perturb.weight) + unit.row * args.perturb.weight_stride;
   T* out = static_cast<T*>(args.perturb.out) + unit.row * args.perturb.out_stride;
   constexpr int kCols = Vectors ? kVector : 4;
   // The unit's first group may start before the unit.

@@ -18,6 +18,7 @@ _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _KINDS = ("contour", "3d")
 _PICTURES = (".png", ".svg", ".pdf")
+_ALL = (*_PICTURES, ".html")
 
 
 def plot_surface(
@@ -121,7 +122,7 @@ def plot_radius(
         missing = ~curve.mean.isfinite()
         if missing.any():
             axes.plot(x[missing.numpy()], [0.0] * int(missing.sum()), "x", color=color)
-    axes.set_xlabel("σ, the noise's strength")
+    axes.set_xlabel(r"$\sigma$, the noise's strength")
     kinds = ", thin: the worst draw" if worst else ""
     axes.set_ylabel("rise of the loss")
     confidence = next(iter(curves.values())).confidence
@@ -147,9 +148,7 @@ def _named(op: str, argument: str, value: Any, kind: type) -> dict[str, Any]:
     return dict(value)
 
 
-def _path(
-    op: str, path: str | os.PathLike, accepted: Sequence[str] = (*_PICTURES, ".html")
-) -> Path:
+def _path(op: str, path: str | os.PathLike, accepted: Sequence[str] = _ALL) -> Path:
     _check.kinds(op, (str, os.PathLike), path=path)
     path = Path(path)
     if path.suffix not in accepted:

@@ -233,6 +233,7 @@ class _Grid:
             plane = Plane(model, **options)
         weights = find_weights(self._op, model, plane.scope)
         plane.check(self._op, weights)
+        weights = [weight for weight in weights if weight.name in plane.names]
         if self._save is not None and is_sharded(weights):
             _check.refuse(self._op, "save", "None where weights are sharded", self._save)
         with Evaluation(self._op, model, loss_fn, weights) as at:
