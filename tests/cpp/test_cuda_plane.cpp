@@ -68,7 +68,7 @@ void check_case(const Case& c) {
   }
   CHECK(wrong == 0, "%ld wrong: %s, %ld columns, offset %lu, shift %d", wrong, name_of(c.dtype),
         c.cols, c.col_offset, c.shift);
-  CHECK(c.rows * c.cols < 20 || moved > 0, "nothing moved: %s", name_of(c.dtype));
+  CHECK(c.rows < 17 || moved > 0, "nothing moved: %s", name_of(c.dtype));
 
   // Neither the grid, nor the path that an alignment takes, nor the place of the result matters.
   for (const int shift : {0, 1}) {

@@ -27,7 +27,7 @@ class Reader(nn.Module):
         self.called, self.read = nn.Linear(6, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return F.linear(torch.tanh(self.called(x)), self.read.weight.float(), self.read.bias)
+        return F.linear(torch.tanh(self.called(x)), self.read.weight, self.read.bias)
 
 
 class Tied(nn.Module):
