@@ -124,6 +124,9 @@ class Evaluation:
         self._shifts = shifts
         try:
             with torch.no_grad():
+                if self._written:
+                    # What FSDP has gathered does not see what is written to its shards.
+                    shards.reshard(self._model)
                 for i in self._written:
                     self._write(i, shifts[i])
             return self._evaluate()
@@ -151,6 +154,8 @@ class Evaluation:
     @torch.no_grad()
     def _put_back(self) -> None:
         self._hide()
+        if self._kept:
+            shards.reshard(self._model)
         for i, clean in self._kept.items():
             self._weights[i].held.copy_(clean)
         self._kept.clear()

@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 ROOT = Path(__file__).parents[2]
 WORLDS = (2, 4)
-MODULES = ["distributed_checks", "distributed_fsdp_checks"]
+MODULES = ["distributed_checks", "distributed_fsdp_checks", "distributed_landscape_checks"]
 # Ranks fork from a server that has imported these, which takes as long as the checks.
 IMPORTED_ONCE = [
     "torch._dynamo",
