@@ -106,9 +106,12 @@ class Weight:
         STRATEGIES[strategy]([out], *self._operands(), 1.0)
         return out
 
-    def norms(self) -> Tensor:
-        """||W_i|| of every row, of W' where the scale is that of W'; float64."""
-        return shards.row_norms(*self._operands())[0].double()
+    def norms(self, merged: bool = True) -> Tensor:
+        """||W_i|| of every row, float64; of W' where the scale is, if `merged`."""
+        weights, *adapters = self._operands()
+        if not merged:
+            adapters = [None, None, [1.0]]
+        return shards.row_norms(weights, *adapters)[0].double()
 
     def products(self, keys: list[Tensor]) -> Tensor:
         """<z, z>, <z, y> and <y, y> of every row's noises, float64 [3, rows]; [1, rows] of one.

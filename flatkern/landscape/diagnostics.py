@@ -64,7 +64,7 @@ def adapter_figures(
         columns = weight.shape[1:].numel()
         length += float(squares.sum())
         if weight.elementwise:
-            own += float(squares.sum())
+            own += float(weight.norms(merged=False).square().sum())
         else:
             own += columns * float(weight.scale(strategy).double().square().sum())
         through += scaling**2 * _through(lora_A, lora_B, strategy)

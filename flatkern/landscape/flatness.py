@@ -275,7 +275,7 @@ class _Noise:
         total = 0.0
         for weight, scale in zip(self._weights, self._scales, strict=True):
             if weight.elementwise:
-                total += sigma**2 * float(weight.norms().square().sum())
+                total += sigma**2 * float(weight.norms(merged=False).square().sum())
             else:
                 squares = weight.products([weight.key(self._seed, draw)])[0]
                 total += float((scale.double() * sigma).square() @ squares)

@@ -86,7 +86,12 @@ class DiagnosticsCallback(Callback):
         metrics = trainer.callback_metrics
         loss = metrics.get("train_loss", metrics.get("loss"))
         figures = self._figures.of_step(pl_module, step, None if loss is None else float(loss))
-        self.log_dict(figures, on_step=True, on_epoch=False)
+        always = {name: value for name, value in figures.items() if "flatness" not in name}
+        self.log_dict(always, on_step=True, on_epoch=False)
+        # Lightning would log the last one again at every step of the epoch.
+        if seldom := {name: value for name, value in figures.items() if name not in always}:
+            for logger in trainer.loggers:
+                logger.log_metrics(seldom, step=step)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The held-out loss less the training's."""
