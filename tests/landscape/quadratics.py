@@ -30,6 +30,17 @@ class Reader(nn.Module):
         return F.linear(torch.tanh(self.called(x)), self.read.weight, self.read.bias)
 
 
+class Both(nn.Module):
+    """A layer that is called, and whose weight is read besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 8, bias=False)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) @ self.layer.weight
+
+
 class Tied(nn.Module):
     """An embedding whose weight is that of the last layer as well."""
 
@@ -40,6 +51,8 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, x):
+        assert self.head.weight.dtype.is_floating_point  # looks at no value
+        assert self.head.weight.new_zeros(2).shape == (2,)
         return self.head(torch.tanh(self.embedding((x[:, 0].abs() * 7).long() % 11)))
 
 
@@ -83,6 +96,7 @@ class Convolving(nn.Module):
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)),
     "reader": Reader,
+    "both": Both,
     "tied": Tied,
     "own": Own,
     "attention": Attending,

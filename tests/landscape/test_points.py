@@ -15,7 +15,11 @@ import flatkern
 from flatkern import landscape
 from flatkern._memory import peak_bytes
 
-IN_PLACE = {"reader": ("read.weight",), "attention": ("attention.out_proj.weight",)}
+IN_PLACE = {
+    "reader": ("read.weight",),
+    "both": ("layer.weight",),
+    "attention": ("attention.out_proj.weight",),
+}
 
 
 def directions(model, plane):
@@ -160,7 +164,11 @@ def test_every_point_sees_the_same_random_numbers():
     def noisy_loss():
         return loss() + torch.rand(()) + random.random() + numpy.random.rand()
 
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
     surface = landscape.surface_1d(model, noisy_loss, points=3, radius=1e-9)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (numpy.random.get_state()[1] == states[2]).all()
     assert float(surface.loss.max() - surface.loss.min()) < 1e-6
 
 
