@@ -12,17 +12,26 @@ from flatkern.triton.perturb import split_scale
 
 @triton.jit
 def _plane_tile(
-    block, first, second, first_group, tile, mask, ROWS: tl.constexpr, VECTORS: tl.constexpr
+    block,
+    first,
+    second,
+    first_group,
+    tile,
+    mask,
+    ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """A tile of columns; `block` is (out, weight): pointers [ROWS, 1] to the chunk's first."""
     out, weight = block
-    group = first_group + (tile * VECTORS + tl.arange(0, VECTORS)[None, :]).to(tl.uint32)
-    column = tile * (VECTORS * 4) + tl.arange(0, VECTORS * 4)[None, :]
+    vector = tile * VECTORS + tl.arange(0, VECTORS)[None, :]
+    group = first_group + (vector * (WIDTH // 4)).to(tl.uint32)
+    column = tile * (VECTORS * WIDTH) + tl.arange(0, VECTORS * WIDTH)[None, :]
     before = tl.load(weight + column, mask=mask)
     state, scale, after = first
     other_state, other_scale, other_after = second
-    e = noise_tile(state, group, scale, ROWS, VECTORS, 4) * after
-    e += noise_tile(other_state, group, other_scale, ROWS, VECTORS, 4) * other_after
+    e = noise_tile(state, group, scale, ROWS, VECTORS, WIDTH) * after
+    e += noise_tile(other_state, group, other_scale, ROWS, VECTORS, WIDTH) * other_after
     wide = widen(before)
     tl.store(out + column, keep_finite(wide + e, before, wide, out.dtype.element_ty), mask=mask)
 
@@ -49,13 +58,14 @@ def perturb_plane_kernel(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """out = weight + c z + d y. ALIGNED: shift is 0, cols and the strides multiples of 4.
+    """out = weight + c z + d y. ALIGNED: shift is 0, cols and strides multiples of WIDTH.
 
-    Strides between rows are then in units of 4 elements.
+    Strides between rows are then in units of WIDTH elements.
     """
-    unit: tl.constexpr = 4 if ALIGNED else 1
-    span: tl.constexpr = VECTORS * 4
+    unit: tl.constexpr = WIDTH if ALIGNED else 1
+    span: tl.constexpr = VECTORS * WIDTH
     row, state, begin, first_group, last = begin_rows(
         keys, rows, cols, row_offset, group_offset, shift, tiles, ROWS, span
     )
@@ -78,15 +88,15 @@ def perturb_plane_kernel(
         for i in range(done // UNROLL):
             for u in tl.static_range(UNROLL):
                 tile = i * UNROLL + u
-                _plane_tile(block, first, second, first_group, tile, row_mask, ROWS, VECTORS)
+                _plane_tile(block, first, second, first_group, tile, row_mask, ROWS, VECTORS, WIDTH)
     for tile in range(done, (last + span - 1) // span):
         j = tile * span + column
         if ALIGNED:
             # Cut between vectors, which keeps the accesses wide.
-            mask = row_mask & (j // 4 < last // 4)
+            mask = row_mask & (j // WIDTH < last // WIDTH)
         else:
             mask = row_mask & (begin + j >= shift) & (j < last)
-        _plane_tile(block, first, second, first_group, tile, mask, ROWS, VECTORS)
+        _plane_tile(block, first, second, first_group, tile, mask, ROWS, VECTORS, WIDTH)
 
 
 def perturb_plane(
@@ -102,10 +112,13 @@ def perturb_plane(
     rows, cols = weight.shape
     if rows == 0 or cols == 0:
         return
-    aligned = _launch.aligned(4, cols, col_offset, weight, out)
+    width = _launch.store_width(out.dtype)
+    aligned = _launch.aligned(width, cols, col_offset, weight, out)
+    # Unaligned rows are accessed one by one; groups of 4 keep the noise simple.
+    width = width if aligned else 4
     shift = col_offset % 4
-    tile = _launch.elementwise_tile(cols + shift, 4)
-    unit = 4 if aligned else 1
+    tile = _launch.elementwise_tile(cols + shift, width)
+    unit = width if aligned else 1
     # Strides of one row mean nothing, and need not divide.
     with _launch.on_device_of(weight):
         perturb_plane_kernel[_launch.elementwise_grid(rows, cols + shift, tile)](
@@ -124,5 +137,6 @@ def perturb_plane(
             ALIGNED=aligned,
             ROWS=tile.rows,
             VECTORS=tile.vectors,
+            WIDTH=width,
             **_launch.OPTIONS,
         )
