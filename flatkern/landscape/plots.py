@@ -40,7 +40,7 @@ def plot_surface(
         path: .png, .svg or .pdf (matplotlib), or .html (plotly, to be turned and read off).
         kind: "contour" or "3d"; a line is a line.
         title: above the picture.
-        levels: of a contour, at least 2.
+        levels: of a contour, about so many, at least 2.
         log: colour by the logarithm of the loss; only losses above 0.
 
     Returns:
@@ -211,10 +211,14 @@ def _contours(
     pyplot: Any, surfaces: dict[str, Surface], levels: int, log: bool, low: float, high: float
 ) -> Any:
     import numpy
+    from matplotlib.ticker import MaxNLocator
 
     figure, panels = _make_panels(pyplot, len(surfaces))
     norm = _scale(log, low, high)
-    steps = (numpy.geomspace if log else numpy.linspace)(norm.vmin, norm.vmax, levels + 1)
+    # Round numbers; the outer two hold what lies between.
+    steps = MaxNLocator(levels).tick_values(norm.vmin, norm.vmax)
+    if log:
+        steps = numpy.geomspace(norm.vmin, norm.vmax, levels + 1)
     for axes, (name, surface) in zip(panels, surfaces.items(), strict=False):
         x, y, loss = _grid(surface)
         filled = axes.contourf(x, y, loss, levels=steps, norm=norm, cmap=pyplot.colormap)
@@ -239,7 +243,8 @@ def _mark_missing(axes: Any, surface: Surface) -> None:
         x = surface.coordinates
         style = {"color": "#D55E00", "s": 18, "marker": "x", "linewidths": 1.0, "zorder": 3}
         axes.scatter(x[wrong[:, 0]], x[wrong[:, 1]], label="not finite", **style)
-        axes.legend(loc="upper right", fontsize=8)
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
+        axes.legend(fontsize=8, frameon=False, handletextpad=0.1, **place)
 
 
 def _make_panels(pyplot: Any, count: int, **subplot: Any) -> tuple[Any, list]:
