@@ -19,6 +19,7 @@ from bench.sass import Report, analyse
 from flatkern import triton as kernels
 from flatkern.triton.noise import noise_kernel, philox_bits_kernel, uniform_kernel
 from flatkern.triton.perturb import perturb_kernel
+from flatkern.triton.perturb_plane import perturb_plane_kernel
 from flatkern.triton.row_norm import row_norm_kernel, row_norm_parts_kernel
 
 JIT = (
@@ -26,6 +27,7 @@ JIT = (
     philox_bits_kernel,
     uniform_kernel,
     perturb_kernel,
+    perturb_plane_kernel,
     row_norm_kernel,
     row_norm_parts_kernel,
 )
@@ -140,6 +142,13 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
         found[f"restore_ {name}"] = in_place(kernels.restore_), size
         found[f"perturb_ {name} elementwise"] = in_place(kernels.perturb_, elementwise=True), size
         found[f"restore_ {name} elementwise"] = in_place(kernels.restore_, elementwise=True), size
+        out, two = torch.empty_like(weight), torch.empty(2, ROWS)
+        keys = torch.empty(2, 4, dtype=torch.int64)
+
+        def plane(weight=weight, out=out, two=two, keys=keys):
+            kernels.perturb_plane(weight, two, keys, out=out)
+
+        found[f"perturb_plane {name}"] = plane, size
         for lower in (torch.bfloat16, torch.float16):
             if lower != dtype:
                 found[f"perturb {name} to {NAMES[lower]}"] = cast(lower), lower.itemsize

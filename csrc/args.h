@@ -31,4 +31,13 @@ struct PerturbArgs {
   bool elementwise;
 };
 
+// A point of a plane: W + c z + d y, with the scale and the key of y here, all else in `perturb`,
+// which is not elementwise and keeps the dtype.
+template <class Key>
+struct PlaneArgs {
+  PerturbArgs<Key> perturb;
+  Key key;
+  const float* row_scale;
+};
+
 }  // namespace flatkern

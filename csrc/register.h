@@ -52,6 +52,7 @@ struct Ops {
   using Block = typename Backend::Block;
   using NoiseArgs = typename Backend::NoiseArgs;
   using PerturbArgs = typename Backend::PerturbArgs;
+  using PlaneArgs = typename Backend::PlaneArgs;
   using RowNormArgs = typename Backend::RowNormArgs;
 
   static Dtype dtype_of(const at::Tensor& t) {
@@ -180,6 +181,22 @@ struct Ops {
                        bytes + first * panel.weight.element_size(), out.mutable_data_ptr(),
                        dtype_of(panel.weight), dtype_of(out), panel.weight.stride(0), panel.cols,
                        panel.row_scale.const_data_ptr<float>() + panel.row, panel.elementwise}});
+  }
+
+  static void perturb_plane(const at::Tensor& weight, const at::Tensor& row_scales,
+                            const at::Tensor& keys, int64_t row_offset, int64_t col_offset,
+                            at::Tensor& out) {
+    TORCH_CHECK(keys.dim() == 2 && keys.size(0) == 2 && row_scales.dim() == 2 &&
+                    row_scales.size(0) == 2 && row_scales.is_contiguous() &&
+                    out.scalar_type() == weight.scalar_type(),
+                Backend::kName, ": row_scales must be [2, rows], keys [2, 4], and out alike");
+    const at::Tensor words[] = {words_of(keys.select(0, 0)), words_of(keys.select(0, 1))};
+    const at::Tensor scales[] = {row_scales.select(0, 0), row_scales.select(0, 1)};
+    const PerturbArgs first =
+        perturb_args(weight, out, words[0], scales[0], false, row_offset, col_offset);
+    Backend::perturb_plane(out,
+                           PlaneArgs{first, Backend::key_of(words[1].const_data_ptr<int64_t>()),
+                                     scales[1].const_data_ptr<float>()});
   }
 
   // Whether two of the tensors may share memory that is written: then they are written one after
@@ -350,6 +367,7 @@ struct Ops {
     m.impl("perturb_", inplace<false>);
     m.impl("restore_", inplace<true>);
     m.impl("perturb_merged_", perturb_merged_);
+    m.impl("perturb_plane", perturb_plane);
     m.impl("foreach_row_scale_", foreach_row_scale_);
     m.impl("foreach_perturb_", foreach_inplace<false>);
     m.impl("foreach_restore_", foreach_inplace<true>);

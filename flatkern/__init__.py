@@ -1,6 +1,6 @@
 """flatkern: training under weight noise, with every weight restored to the bit."""
 
-from flatkern import methods, nn, noise, ops
+from flatkern import landscape, methods, nn, noise, ops
 from flatkern._backend import available_backends, backend, build_info
 from flatkern._version import __version__
 from flatkern.noise import (
@@ -28,6 +28,7 @@ __all__ = [
     "constant",
     "cosine_ramp",
     "inverse_sqrt",
+    "landscape",
     "linear_decay",
     "linear_ramp",
     "lpf",

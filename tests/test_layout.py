@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flatkern"
 CSRC = ROOT / "csrc"
-STEMS = ("noise", "row_norm", "perturb", "perturb_merged", "noisy_linear")
+STEMS = ("noise", "row_norm", "perturb", "perturb_merged", "perturb_plane", "noisy_linear")
 
 # A package may import from lower levels, and from itself. Siblings may import in one direction.
 LEVELS = {
@@ -20,6 +20,7 @@ LEVELS = {
     "ops": 1,
     "nn": 2,
     "noise": 2,
+    "landscape": 3,
     "methods": 3,
     "integrations": 4,
     "baselines": 5,
@@ -33,7 +34,12 @@ IMPLEMENTATIONS = ("reference", "triton", "_C")
 # Private modules at the top (_backend, _machine, _noise and others) carry no part of the
 # meaning and may be used anywhere; of the rest they may know the extension that they load.
 THIRD_PARTY = ("integrations", "demo", "cli")
-ALLOWED_THIRD_PARTY = {"triton": {"triton"}, "nn": {"safetensors"}}
+ALLOWED_THIRD_PARTY = {
+    "triton": {"triton"},
+    "nn": {"safetensors"},
+    # Imported when a picture or a bar is asked for.
+    "landscape": {"matplotlib", "numpy", "plotly", "tqdm"},
+}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 needs_csrc = pytest.mark.skipif(not CSRC.is_dir(), reason="an installed copy has no csrc")

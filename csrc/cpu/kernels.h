@@ -21,6 +21,7 @@ namespace flatkern::cpu {
 using Block = Block<NoiseKey>;
 using NoiseArgs = flatkern::NoiseArgs<NoiseKey>;
 using PerturbArgs = flatkern::PerturbArgs<NoiseKey>;
+using PlaneArgs = flatkern::PlaneArgs<NoiseKey>;
 
 struct RowNormArgs {
   int64_t rows, cols, rank;
@@ -66,6 +67,7 @@ struct Kernels {
   void (*uniform)(const NoiseArgs&, int64_t begin, int64_t end);
   void (*perturb)(const PerturbArgs&, int64_t begin, int64_t end);
   void (*restore)(const PerturbArgs&, int64_t begin, int64_t end);
+  void (*perturb_plane)(const PlaneArgs&, int64_t begin, int64_t end);
   void (*row_norm)(const RowNormArgs&, int64_t begin, int64_t end);
   void (*perturb_merged)(const PerturbMergedArgs&, int64_t begin, int64_t end);
   void (*perturb_residual)(const ResidualArgs&, int64_t begin, int64_t end);

@@ -180,20 +180,26 @@ FLATKERN_INLINE void for_each_block(const Block& w, int64_t unit_begin, int64_t 
   }
 }
 
+// Values of columns [begin, end) of one row, from `out` on.
+template <class Draw>
+FLATKERN_INLINE void draw_columns(const Block& w, int64_t row, int64_t begin, int64_t end,
+                                  float* out) {
+  for_each_step<Order::kSplit, Draw>(
+      w, row, begin, end,
+      [&](int64_t j, const Normals& z) {
+        store(out + (j - begin), interleave_low(z.even, z.odd));
+        store(out + (j - begin) + kLanes, interleave_high(z.even, z.odd));
+      },
+      [&](int64_t j, int count, const float* values) {
+        memcpy(out + (j - begin), values, count * sizeof(float));
+      });
+}
+
 template <class Draw>
 FLATKERN_INLINE void draw(const NoiseArgs& args, int64_t unit_begin, int64_t unit_end) {
   const Block w = args.block;
   for_each_block(w, unit_begin, unit_end, [&](int64_t row, int64_t begin, int64_t end) {
-    float* out = static_cast<float*>(args.out) + row * w.cols;
-    for_each_step<Order::kSplit, Draw>(
-        w, row, begin, end,
-        [&](int64_t j, const Normals& z) {
-          store(out + j, interleave_low(z.even, z.odd));
-          store(out + j + kLanes, interleave_high(z.even, z.odd));
-        },
-        [&](int64_t j, int count, const float* values) {
-          memcpy(out + j, values, count * sizeof(float));
-        });
+    draw_columns<Draw>(w, row, begin, end, static_cast<float*>(args.out) + row * w.cols + begin);
   });
 }
 

@@ -104,6 +104,7 @@ struct Backend {
   using Block = cpu::Block;
   using NoiseArgs = cpu::NoiseArgs;
   using PerturbArgs = cpu::PerturbArgs;
+  using PlaneArgs = cpu::PlaneArgs;
   using RowNormArgs = cpu::RowNormArgs;
   static constexpr const char* kName = "flatkern_cpu";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
@@ -126,6 +127,14 @@ struct Backend {
   }
   static void restore(const at::Tensor&, const std::vector<PerturbArgs>& tensors) {
     for_blocks(tensors, kernels().restore);
+  }
+  static void perturb_plane(const at::Tensor&, const PlaneArgs& args) {
+    const Block& w = args.perturb.block;
+    // Two noises an element.
+    const Task task{w.rows * blocks_per_row(w.cols), 2 * std::min(w.cols, kBlockCols)};
+    parallel_for({task}, [&](size_t, int64_t begin, int64_t end) {
+      kernels().perturb_plane(args, begin, end);
+    });
   }
   // Notes a perturbation in all headers; if one refuses the call, in those that do why, and that
   // is all.

@@ -15,6 +15,7 @@ namespace flatkern::cuda {
 using Block = flatkern::Block<const int64_t*>;
 using NoiseArgs = flatkern::NoiseArgs<const int64_t*>;
 using PerturbArgs = flatkern::PerturbArgs<const int64_t*>;
+using PlaneArgs = flatkern::PlaneArgs<const int64_t*>;
 
 // An adapter as it lies in memory.
 struct Adapter {
@@ -86,6 +87,7 @@ struct ResidualArgs {
 void launch_philox_bits(const NoiseArgs& args, int sm_count, cudaStream_t stream);
 void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream);
 void launch_uniform(const NoiseArgs& args, int sm_count, cudaStream_t stream);
+void launch_perturb_plane(const PlaneArgs& args, int sm_count, cudaStream_t stream);
 
 // Several tensors, which share no memory that is written, in few launches.
 void launch_perturb(const std::vector<PerturbArgs>& tensors, int sm_count, cudaStream_t stream);

@@ -50,6 +50,7 @@ struct Backend {
   using Block = cuda::Block;
   using NoiseArgs = cuda::NoiseArgs;
   using PerturbArgs = cuda::PerturbArgs;
+  using PlaneArgs = cuda::PlaneArgs;
   using RowNormArgs = cuda::RowNormArgs;
   static constexpr const char* kName = "flatkern_cuda";
   static constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
@@ -69,6 +70,9 @@ struct Backend {
   }
   static void restore(const at::Tensor& out, const std::vector<PerturbArgs>& tensors) {
     launch(out, launch_restore, tensors);
+  }
+  static void perturb_plane(const at::Tensor& out, const PlaneArgs& args) {
+    launch(out, launch_perturb_plane, args);
   }
   // The kernels compare each header themselves, and keep to its tensor what they refuse.
   template <bool>

@@ -5,6 +5,7 @@ from flatkern.ops.noise import noise, philox_bits, uniform
 from flatkern.ops.noisy_linear import noisy_linear
 from flatkern.ops.perturb import perturb, perturb_, restore_
 from flatkern.ops.perturb_merged import perturb_merged_
+from flatkern.ops.perturb_plane import perturb_plane
 from flatkern.ops.residual import check_residual, new_residual
 from flatkern.ops.row_norm import row_norm
 
@@ -19,6 +20,7 @@ __all__ = [
     "perturb",
     "perturb_",
     "perturb_merged_",
+    "perturb_plane",
     "philox_bits",
     "restore_",
     "row_norm",

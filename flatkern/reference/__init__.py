@@ -7,6 +7,7 @@ Functions here trust their arguments: `flatkern.ops` has checked them, and hands
 from flatkern.reference.noise import noise, philox_bits, uniform
 from flatkern.reference.perturb import perturb, perturb_, perturb_out, restore_
 from flatkern.reference.perturb_merged import perturb_merged_
+from flatkern.reference.perturb_plane import perturb_plane
 from flatkern.reference.row_norm import row_norm
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "perturb_",
     "perturb_merged_",
     "perturb_out",
+    "perturb_plane",
     "philox_bits",
     "restore_",
     "row_norm",

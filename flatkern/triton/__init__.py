@@ -21,6 +21,7 @@ else:
     from flatkern.triton.noise import noise, philox_bits, uniform
     from flatkern.triton.perturb import perturb, perturb_, perturb_out, restore_
     from flatkern.triton.perturb_merged import perturb_merged_
+    from flatkern.triton.perturb_plane import perturb_plane
     from flatkern.triton.row_norm import row_norm
 
 OLDEST = (3, 6)
@@ -33,6 +34,7 @@ __all__ = [
     "perturb_",
     "perturb_merged_",
     "perturb_out",
+    "perturb_plane",
     "philox_bits",
     "restore_",
     "row_norm",

@@ -145,7 +145,7 @@ _PER_CALL = ["rows", "cols", "row_offset", "group_offset", "shift", "tiles"]
 
 
 @triton.jit
-def _begin(key, rows, cols, row_offset, group_offset, shift, tiles, ROWS: tl.constexpr, SPAN):
+def begin_rows(key, rows, cols, row_offset, group_offset, shift, tiles, ROWS: tl.constexpr, SPAN):
     """The program's rows, their Philox state, and its chunk of columns.
 
     Columns are counted from the first of group `group_offset`, which is `shift` before column 0 of
@@ -213,7 +213,7 @@ def _fill(
     UNIFORM: tl.constexpr,
 ):
     """Values into a contiguous float32 matrix; ALIGNED: shift is 0, cols a multiple of 4."""
-    row, state, begin, first_group, last = _begin(
+    row, state, begin, first_group, last = begin_rows(
         key, rows, cols, row_offset, group_offset, shift, tiles, ROWS, VECTORS * 4
     )
     span: tl.constexpr = VECTORS * 4
@@ -296,7 +296,7 @@ def philox_bits_kernel(
     VECTORS: tl.constexpr,
 ):
     """Words into a contiguous int64 matrix, two at a time: 128 bits."""
-    row, state, begin, first_group, last = _begin(
+    row, state, begin, first_group, last = begin_rows(
         key, rows, cols, row_offset, group_offset, shift, tiles, ROWS, VECTORS * 4
     )
     row = row[:, :, None]

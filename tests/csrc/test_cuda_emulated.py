@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CPP = ROOT / "tests" / "cpp"
 CUDA = ROOT / "csrc" / "cuda"
-PROGRAMS = ("test_cuda", "test_cuda_foreach", "test_cuda_rows", "test_cuda_launch")
+PROGRAMS = tuple(f"test_cuda{part}" for part in ("", "_plane", "_foreach", "_rows", "_launch"))
 # Undefined behaviour ends a run: misaligned 128-bit accesses, shifts and indices out of range.
 FLAGS = [
     "-std=c++20",

@@ -45,6 +45,7 @@ def test_every_block_is_run():
     # graphs: tests/noise/test_window_compile.py and tests/test_gpu.py.
     run_here = {"accelerate", "adapters", "distributed", "lightning", "peft", "quantized"}
     run_here |= {"graphs", "quickstart", "trainer"}
+    run_here |= {"landscape"}  # test_landscape_docs.py
     pages = {path.stem for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()}
     assert pages == run_here
 

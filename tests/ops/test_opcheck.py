@@ -62,6 +62,8 @@ def cases(device, dtype=torch.float32):
     out = torch.empty_like(weight)
     image = torch.ones(4, 2, 3, 3, dtype=dtype, device=device)
     image_scale = torch.ones(4, device=device)
+    scales, image_scales = (one.repeat(2, 1) for one in (scale, image_scale))
+    keys = torch.stack([key, key + 1])
     noisy_linear = [differentiable[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
     has_residual = flatkern.ops.residual.is_available(weight)
     return [
@@ -93,6 +95,9 @@ def cases(device, dtype=torch.float32):
             (weight, None, None, 1.0, 0.1, key),
             {},
         ),
+        ("perturb_plane", OPS.perturb_plane.default, (weight, scales, keys), OFFSETS),
+        ("perturb_plane 4-D", OPS.perturb_plane.default, (image, image_scales, keys), {}),
+        ("perturb_plane.out", OPS.perturb_plane.out, (weight, scales, keys), {"out": out}),
         ("noisy_linear", OPS.noisy_linear.default, (*noisy_linear, 2.0, scale, key), OFFSETS),
         (
             "noisy_linear plain",
@@ -141,7 +146,7 @@ def test_every_public_op_has_a_case():
     assert public >= {"perturb_merged_", "noisy_linear"}
     # Those that take lists are in test_foreach.py.
     single = {name for name in public if not name.startswith("foreach_")}
-    assert single == {name.split()[0] for name in NAMES} - {"perturb.out"}
+    assert single == {name.split()[0] for name in NAMES} - {"perturb.out", "perturb_plane.out"}
 
 
 def signature(tensor):
@@ -191,6 +196,13 @@ def compiled_functions(a, device):
         ops.perturb(weight, scale, key, out=result)
         return result * 2
 
+    keys, scales = torch.stack([key, key + 1]), scale.repeat(2, 1)
+
+    def plane_out(weight):
+        result = torch.empty_like(weight)
+        ops.perturb_plane(weight, scales, keys, out=result)
+        return result * 2
+
     def checked(weight):
         ops.check_residual(ops.new_residual(weight))
         return weight + 1
@@ -207,6 +219,8 @@ def compiled_functions(a, device):
         "perturb_": in_place(ops.perturb_),
         "restore_": in_place(ops.restore_),
         "perturb_merged_": merged,
+        "perturb_plane": lambda w: ops.perturb_plane(w, scales, keys) * 2,
+        "perturb_plane.out": plane_out,
         "noisy_linear": lambda w: ops.noisy_linear(
             a["x"], w, a["bias"], *adapters, 2.0, scale, key
         ),

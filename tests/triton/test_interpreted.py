@@ -42,7 +42,10 @@ COMPOSED = (
 SELECTIONS = {
     "kernels": (["triton/test_kernels.py"], ""),
     "perturb": (
-        ["ops/test_noise.py", "ops/test_perturb.py", "ops/test_perturb_tensors.py"],
+        [
+            *("ops/test_noise.py", "ops/test_perturb.py", "ops/test_perturb_tensors.py"),
+            "ops/test_perturb_plane.py",
+        ],
         EVERY_OP,
     ),
     "row_norm": (["ops/test_row_norm.py", "ops/test_perturb_merged.py"], EVERY_OP),
