@@ -14,8 +14,6 @@ from flatkern.ops.residual import is_available, is_filled, pool_need
 
 # Times the pool that a window was measured to need, and what chance may add to a small one.
 _SPARE = 1.1
-# Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
-_PANEL = 2**20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -177,21 +175,11 @@ class ColumnSnapshot(Snapshot):
 
     @staticmethod
     def perturb(kept: list[Kept]) -> None:
-        """Write the noise, in panels of bounded size; element by element as the kernels do."""
+        """Write the noise, in panels of bounded size."""
         for one in kept:
             matrix = one.weight.reshape(one.weight.shape[0], -1)
-            groups, width = one.rows.columns, one.rows.width
-            scale = torch.where(one.row_scale.isfinite(), one.row_scale, 0.0)
-            scale = scale.view(groups, -1).repeat_interleave(width, dim=1)
-            rows, cols = matrix.shape[0] // groups, matrix.shape[1]
-            step = max(_PANEL // max(cols, 1), 1)
-            for group in range(groups):
-                for begin in range(group * rows, (group + 1) * rows, step):
-                    panel = matrix[begin : min(begin + step, (group + 1) * rows)]
-                    e = ops.noise(len(panel), cols, one.key, row_offset=begin).mul_(scale[group])
-                    noisy = (panel + e).to(panel.dtype)
-                    fine = noisy.isfinite() & panel.isfinite()
-                    panel.copy_(torch.where(fine, noisy, panel))
+            options = {"elementwise": one.elementwise}
+            one.rows.perturb_columns_(matrix, one.row_scale, one.key, **options)
 
 
 class Residual:

@@ -1,6 +1,5 @@
 """Row scales: the standard deviation of the noise of each row, for all weights in few calls."""
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -35,10 +34,15 @@ class Scales:
         now = [id(part) for pair in operands for part in pair[:2]]
         if now == self._checked.get(group[0]):
             return
-        for target, own in zip(group, operands, strict=False):
-            rows, *rest = target.shape
-            shape = rows, math.prod(rest)
-            _check.adapters(f"{_OP}: {target.name}", *own, shape, target.weight.device)
+        for target, (lora_A, lora_B, scaling) in zip(group, operands, strict=False):
+            # As many adapters as matrices in a stack, of which the first stands for all.
+            rows = target.rows.count(target.shape)
+            shape = rows, target.shape.numel() // max(rows, 1)
+            if lora_A.dim() == 3:
+                shape = rows // lora_A.shape[0], shape[1]
+                lora_A, lora_B = lora_A[0], lora_B[0]
+            op = f"{_OP}: {target.name}"
+            _check.adapters(op, lora_A, lora_B, scaling, shape, target.weight.device)
         self._checked[group[0]] = now
 
     def write(self, sigma: float) -> None:
@@ -57,6 +61,8 @@ class Scales:
         for target, out in zip(self._targets, self._out, strict=True):
             if target.fisher is not None:
                 out.copy_(target.fisher.divide(target.name, out))
+            if target.rows.padding is not None:
+                out[target.rows.padding] = 0.0
 
 
 def _scaled_alike(target: Any) -> tuple[Hashable, ...]:
