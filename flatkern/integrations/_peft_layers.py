@@ -6,7 +6,7 @@ None has a product of ours: the module's own forward runs, on a weight that is m
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -263,17 +263,13 @@ class _MergedSite(ShownSite):
     def _rows(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
-    def _merge(self, *args: Any, **kwargs: Any) -> None:
-        if self.in_forward:
-            type(self.layer).merge(self.layer, *args, **kwargs)
-        else:
-            super()._merge(*args, **kwargs)
+    def _require_hidden(self, action: str) -> None:
+        if not self.in_forward:
+            super()._require_hidden(action)
 
-    def _unmerge(self) -> None:
-        if self.in_forward:
-            type(self.layer).unmerge(self.layer)
-        else:
-            super()._unmerge()
+    def _copied(self) -> Callable[[], None]:
+        """PEFT's merge leaves the parameters as they are, and takes others."""
+        return lambda: None
 
     def shown_weight(self) -> Tensor | None:
         """What stands in the parameter's place for a forward; None: the parameter itself."""
@@ -316,6 +312,8 @@ class AttentionSite(_MergedSite):
         self.layer = layer
         for module, name in ((layer.base_layer, "in_proj_weight"), (self._out, "weight")):
             _put(module, name, module._parameters[name])
+        # What PEFT's merge replaces.
+        self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
         super().__init__(layer)
         self._projection = ProjectionSite(layer.base_layer.out_proj)
 
@@ -335,7 +333,7 @@ class AttentionSite(_MergedSite):
         if layer.merged:
             return type(layer).forward(layer, *args, **kwargs)
         sites = self, self._projection
-        kept = [(site.holder, site.parameter, site.weight) for site in sites]
+        self._keep()
         try:
             for site in sites:
                 site.in_forward = True
@@ -344,15 +342,35 @@ class AttentionSite(_MergedSite):
                     site.holder.__dict__[site.parameter] = shown
             result = type(layer).forward(layer, *args, **kwargs)
         finally:
-            for site, (module, name, parameter) in zip(sites, kept, strict=True):
-                module.__dict__.pop(name, None)
-                _put(module, name, parameter)
+            for site in sites:
                 site.in_forward = False
+            self._put_kept()
         window = self._window
         if window is not None and (window.noisy or window.perturbed):
             # The merged weights are the graph's own, so autograd would notice nothing.
             late_backward_guard(window.name, window.key)(layer, args, tree_leaves(result))
         return result
+
+    def _merge(self, *args: Any, **kwargs: Any) -> None:
+        if not (self.layer.merged or self.in_forward):
+            self._keep()
+        super()._merge(*args, **kwargs)
+
+    def _unmerge(self) -> None:
+        super()._unmerge()
+        if not self.in_forward:
+            self._put_kept()
+
+    def _keep(self) -> None:
+        sites = self, self._projection
+        self._kept = [(site.holder, site.parameter, site.weight) for site in sites]
+
+    def _put_kept(self) -> None:
+        """The parameters themselves, in the place of what PEFT made of them."""
+        for module, name, parameter in self._kept:
+            module.__dict__.pop(name, None)
+            _put(module, name, parameter)
+        self._kept = []
 
     def _named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """PEFT's makes new parameters; here they are where they belong, unless merged."""
