@@ -7,8 +7,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from flatkern.integrations._peft_layers import AttentionSite, site_type
-from flatkern.integrations._peft_sites import Bystander, PeftSite, why_not
+from flatkern.integrations._peft_attention import AttentionSite
+from flatkern.integrations._peft_layers import site_type
+from flatkern.integrations._peft_reasons import why_not
+from flatkern.integrations._peft_sites import Bystander, PeftSite
 from flatkern.nn.names import named_modules
 from flatkern.nn.sites import ATTRIBUTE
 from flatkern.noise import Fisher, WeightNoise

@@ -68,9 +68,7 @@ def shadowing(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         module.__dict__.pop(name, None)
 
 
-def noisy_part(
-    window: Any, weight: Tensor, part: slice, only: list[int] | None = None
-) -> Tensor:
+def noisy_part(window: Any, weight: Tensor, part: slice, only: list[int] | None = None) -> Tensor:
     """W_noisy[part] of dim 0, outside autograd; with `only`, zeros but at those indices."""
     rows, weight = window.rows, weight.detach()
     begin, end = part.start, part.stop

@@ -216,6 +216,8 @@ def dense(kind, model, plain, sigma, key):
 def by_row_back(rows, weight, by_row):
     """The inverse of `by_row`."""
     index = by_row(torch.arange(weight.numel()).view(weight.shape)).reshape(-1)
-    return torch.empty(weight.numel(), dtype=rows.dtype).index_copy(
-        0, index, rows.reshape(-1)
-    ).view(weight.shape)
+    return (
+        torch.empty(weight.numel(), dtype=rows.dtype)
+        .index_copy(0, index, rows.reshape(-1))
+        .view(weight.shape)
+    )

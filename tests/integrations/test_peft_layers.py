@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_backward_after_the_window_raises(kind):
     x, *rest = inputs(kind)
     with noise.window():
         result = model(x.requires_grad_(), *rest).sum()
-    with pytest.raises(RuntimeError, match="after (the noise|its) window"):
+    with pytest.raises(RuntimeError, match=r"after (the noise|its) window"):
         result.backward()
 
 
@@ -250,7 +251,8 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_takes_no_noise_is_named_once(reason):
     base = nn.Sequential(REASONS[reason](), nn.Linear(4, 4))
-    with pytest.warns(UserWarning) as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"]))
         noise = attach(model, SIGMA)
     own = [str(each.message) for each in caught if "no noise" in str(each.message)]
@@ -293,3 +295,27 @@ def test_a_key_says_the_noise_of_a_stack():
     z = ops.noise(40, 8, NoiseKey(seed=5, tensor=0).to("cpu")).view(4, 10, 8)
     expected = plain.layer.gate_up_proj + SIGMA * z
     torch.testing.assert_close(noisy, expected.detach())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_over_conv1d(mode, dropout):
+    """W' = diag(mu / ||V||) V with the clean ||V||, and noise of V."""
+    model, plain = adapted("Conv1D", use_dora=True, lora_dropout=dropout)
+    layer = peft_layers(model)[0]
+    x = inputs("Conv1D")[0]
+    mu = layer.lora_magnitude_vector["default"].weight.detach().double()
+    delta = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach() * 1.5
+    weight = plain.layer.weight.detach().double().t()
+    norms = (weight + delta).norm(dim=1)
+    z = ops.noise(8, 6, NoiseKey(seed=3, tensor=0).to("cpu")).double().t()
+    noisy = weight + SIGMA / 8**0.5 * norms[:, None] * z
+    d = (mu / norms)[:, None]
+    with attach(model, SIGMA, seed=3, mode=mode).window():
+        torch.manual_seed(5)
+        result = model(x)
+    torch.manual_seed(5)
+    dropped = layer.lora_dropout["default"](x).double()
+    x = x.double()
+    expected = x @ noisy.t() + dropped @ ((d - 1) * noisy + d * delta).t() + plain.layer.bias
+    torch.testing.assert_close(result.double(), expected.detach(), rtol=1e-4, atol=1e-4)
