@@ -72,6 +72,13 @@ def check(op: str, name: str, weight: Tensor) -> None:
         )
 
 
+def are_even(weight: Tensor) -> bool:
+    """Whether the shards of a weight that passed `check` are of one size."""
+    sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
+    cut = math.prod(size for placement, size in sizes if not placement.is_replicate())
+    return weight.shape[0] % cut == 0
+
+
 def part_of(weight: Tensor) -> Part:
     """This rank's part of a weight that passed `check`; of a plain tensor all of it."""
     if not is_sharded(weight):
