@@ -268,7 +268,7 @@ def test_compiled_layers_and_torch_func():
         model, _ = adapted(kind)
         x = inputs(kind)
         noise = attach(model, SIGMA)
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         with noise.window(step=0):
             expected = run(model, x)
         with noise.window(step=0):
@@ -284,6 +284,14 @@ def test_compiled_layers_and_torch_func():
 
         with noise.window(step=0):
             torch.testing.assert_close(torch.func.grad(loss)(parameters), expected[1])
+
+
+def test_second_derivatives():
+    model, _ = adapted("conv2d", torch.float64)
+    x = inputs("conv2d", torch.float64)[0].requires_grad_()
+    with attach(model, SIGMA).window():
+        assert torch.autograd.gradcheck(lambda x: torch.tanh(model(x)), x)
+        assert torch.autograd.gradgradcheck(lambda x: torch.tanh(model(x)).sum(), x)
 
 
 def test_a_key_says_the_noise_of_a_stack():
