@@ -1,6 +1,5 @@
 """PEFT's layers over other bases than `nn.Linear`: where the weight is, and what W' is."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,13 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from flatkern.integrations import quantized
 from flatkern.integrations._peft_attention import PROJECTIONS, AttentionSite
 from flatkern.integrations._peft_reasons import is_plain, not_plain, why_not_base, why_not_variant
-from flatkern.integrations._peft_shown import ShownSite, can_wait
-from flatkern.nn.shown import gathered, shadowing, showing
+from flatkern.integrations._peft_shown import ShownSite
+from flatkern.nn.layouts import is_transposed
+from flatkern.nn.parameters import reached
+from flatkern.nn.shown import can_wait, gathered, shadowing, showing
 from flatkern.nn.sites import mark_called
-from flatkern.noise.rows import is_transposed
-
-# What experts call their argument that says which of them get a token.
-_ROUTES = ("top_k_index", "router_indices", "selected_experts")
 
 
 class Conv1DSite(ShownSite):
@@ -123,9 +120,6 @@ class ParameterSite(ShownSite):
         """A layer that `why_not` accepts."""
         self.parameter = layer.parameter_name
         super().__init__(layer)
-        names = inspect.signature(type(self.holder).forward).parameters
-        self._route = next((name for name in _ROUTES if name in names), None)
-        self._arguments = list(names)[1:]
 
     @property
     def holder(self) -> nn.Module:
@@ -147,20 +141,10 @@ class ParameterSite(ShownSite):
         layer._check_forward_args(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("peft: a parameter's layer takes no adapter_names")
-        only = self._reached((x, *args), kwargs)
+        is_stack = self.weight.dim() == 3
+        only = reached(self.holder, len(self.weight), (x, *args), kwargs) if is_stack else None
         with showing(window, self.holder, self.parameter, only=only, then=self._adapted):
             return layer.base_layer(x, *args, **kwargs)
-
-    def _reached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        """The experts that get a token, if the module is told."""
-        if self._route is None or self.weight.dim() != 3:
-            return None
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        route = given.get(self._route)
-        if not isinstance(route, Tensor) or route.is_floating_point() or not can_wait(route):
-            return None
-        # Expert parallelism has an index past the last for experts elsewhere.
-        return [index for index in route.unique().tolist() if index < self.weight.shape[0]]
 
     def _adapted(self, weight: Tensor, part: slice) -> Tensor:
         """W + s B A of a range of matrices, in PEFT's operations."""

@@ -3,8 +3,7 @@
 import contextlib
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flatkern.integrations._peft_reasons import is_plain, not_plain, why_not_base, why_not_variant
 from flatkern.integrations._peft_sites import PeftSite
@@ -53,10 +52,3 @@ class ShownSite(PeftSite):
 
     def _shown_noisy(self, args: tuple[Any, ...]) -> Any:
         return showing(self._window, self.holder, self.parameter)
-
-
-def can_wait(tensor: Tensor) -> bool:
-    """Whether the host may look inside a tensor at this time."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

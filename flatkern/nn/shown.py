@@ -23,7 +23,7 @@ Then = Callable[[Tensor, slice], Tensor]
 
 @contextlib.contextmanager
 def showing(
-    window: Any,
+    window: Any | None,
     module: nn.Module,
     name: str,
     *,
@@ -36,13 +36,14 @@ def showing(
     window raises, as one through `flatkern.ops.noisy_linear` does.
 
     Args:
-        window: the `Target` of the open window.
+        window: the `Target` of the open window; None: no noise.
         module, name: the parameter, not sharded; its dim 0 is that of the noise's matrix.
         only: the indices of dim 0 that the call reads, in order; the others are zeros and cost
             nothing. None: all.
         then: called with the noisy weight and slice(0, its length); in backward also with parts.
     """
-    mark_called(window)
+    if window is not None:
+        mark_called(window)
     weight = module._parameters[name]
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         # Neither traces what autograd keeps.
@@ -68,8 +69,19 @@ def shadowing(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         module.__dict__.pop(name, None)
 
 
-def noisy_part(window: Any, weight: Tensor, part: slice, only: list[int] | None = None) -> Tensor:
+def can_wait(tensor: Tensor) -> bool:
+    """Whether the host may look inside a tensor at this time."""
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def noisy_part(
+    window: Any | None, weight: Tensor, part: slice, only: list[int] | None = None
+) -> Tensor:
     """W_noisy[part] of dim 0, outside autograd; with `only`, zeros but at those indices."""
+    if window is None:
+        return weight.detach()[part]
     rows, weight = window.rows, weight.detach()
     begin, end = part.start, part.stop
     per = weight.shape[1] if rows.stacked else 1
@@ -121,8 +133,10 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _traced(window: Any, weight: Tensor) -> Tensor:
+def _traced(window: Any | None, weight: Tensor) -> Tensor:
     """W_noisy in operations that compilers and torch.func can follow."""
+    if window is None:
+        return weight
     rows = window.rows
     per = weight.shape[1] if rows.stacked else 1
     if not rows.columns:
@@ -152,24 +166,26 @@ class _Recipe:
     """How to make a shown weight, or a part of it, once more."""
 
     def __init__(
-        self, window: Any, weight: Tensor, only: list[int] | None, then: Then | None
+        self, window: Any | None, weight: Tensor, only: list[int] | None, then: Then | None
     ) -> None:
         self.window, self.only = window, only
         self._weight, self._then = weight, then
         # By the time of backward another window may be open, with other noise at the same place.
-        self._sources = [(t, t._version) for t in (weight, window.key) if not t.is_inference()]
+        sources = (weight,) if window is None else (weight, window.key)
+        self._sources = [(t, t._version) for t in sources if not t.is_inference()]
 
     def make(self) -> Tensor:
         """All of it, differentiable."""
-        noisy = _Noisy.apply(self._weight, self)
+        noisy = self._weight if self.window is None else _Noisy.apply(self._weight, self)
         return noisy if self._then is None else self._then(noisy, slice(0, noisy.shape[0]))
 
     @torch.no_grad()
     def remake(self, part: slice) -> Tensor:
         """The same bits of a range of dim 0."""
         if any(tensor._version != version for tensor, version in self._sources):
+            name = "a weight" if self.window is None else self.window.name
             raise RuntimeError(
-                f"flatkern: backward through {self.window.name} after the noise window of its "
+                f"flatkern: backward through {name} after the noise window of its "
                 "forward was closed, or after something that it needs was written; call backward "
                 "inside the window"
             )

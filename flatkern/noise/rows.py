@@ -1,18 +1,16 @@
 """Which elements of a weight are a row: those that share one scale."""
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from flatkern import ops
+from flatkern.nn.layouts import is_stack, is_transposed, transposed_blocks
 
 # The strategies that give rows different scales.
 _BY_ROW = ("row", "flat_lora", "fisher")
-# transformers' stacks [k, in, out] of matrices that do not say so.
-_TRANSPOSED = ("GroupedLinearLayer", "CsmCodebooksHead")
 # Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
 _PANEL = 2**20
 
@@ -134,7 +132,7 @@ def rows_of(
     Outputs, each with the elements that it is a sum over: dim 0 of linear layers, embeddings
     (tokens) and convolutions (filters), (expert, output) of a stack of matrices, dim 1 of
     transformers' Conv1D and of transposed convolutions, and dim 2 of stacks [k, in, out], see
-    `is_transposed`. A stack is any weight of three dimensions but those of convolutions and
+    `flatkern.nn.layouts`. A stack is any weight of three dimensions but those of convolutions and
     nn.Bilinear.
 
     Args:
@@ -142,53 +140,15 @@ def rows_of(
         strategy: only some care which elements share a scale.
         merged: whether the scale is that of W' = W + s B A, whose B has a row for each output.
     """
-    stacked = weight.dim() == 3 and not isinstance(module, _ConvNd | nn.Bilinear)
+    stacked = is_stack(module, weight)
     columns, width, padding = 0, 1, None
     if merged or strategy in _BY_ROW:
         if isinstance(module, _ConvTransposeNd) and name == "weight":
             columns, width = module.groups, weight.shape[2:].numel()
         elif weight.dim() == 2:
-            columns = _transposed_blocks(module, name)
+            columns = transposed_blocks(module, name)
         elif stacked and is_transposed(module, name):
             columns = weight.shape[0]
     if isinstance(module, nn.Embedding) and name == "weight":
         padding = module.padding_idx
     return Rows(stacked, columns, width, padding)
-
-
-def is_transposed(module: nn.Module, name: str) -> bool:
-    """Whether a stack of matrices is [k, in, out], not [k, out, in].
-
-    transformers' experts say it, but Llama 4's: told by gate_up_proj and down_proj, of which one
-    takes what the other gives.
-    """
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
-    if type(module).__name__ in _TRANSPOSED and _is_transformers(module):
-        return name == "weight"
-    up, down = (module._parameters.get(own) for own in ("gate_up_proj", "down_proj"))
-    if name not in ("gate_up_proj", "down_proj") or up is None or down is None:
-        return False
-    if up.dim() != 3 or down.dim() != 3:
-        return False
-    return up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
-
-
-def _transposed_blocks(module: nn.Module, name: str) -> int:
-    """How many matrices [in, out] lie below one another in a matrix; 0 if rows are its rows."""
-    if name == "weight" and _is_conv1d(module):
-        return 1
-    if name == "w2" and type(module).__name__ == "DbrxExpertGLU" and _is_transformers(module):
-        return module.moe_num_experts
-    return 0
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with a weight [in, out]."""
-    found = sys.modules.get("transformers.pytorch_utils")
-    return found is not None and isinstance(module, found.Conv1D)
