@@ -12,7 +12,7 @@ from flatkern.integrations import quantized
 from flatkern.integrations._peft_attention import PROJECTIONS, AttentionSite
 from flatkern.integrations._peft_reasons import is_plain, not_plain, why_not_base, why_not_variant
 from flatkern.integrations._peft_shown import ShownSite
-from flatkern.nn.layouts import is_transposed
+from flatkern.nn.layouts import is_transposed, transposed_blocks
 from flatkern.nn.parameters import reached
 from flatkern.nn.shown import can_wait, gathered, shadowing, showing
 from flatkern.nn.sites import mark_called
@@ -98,8 +98,8 @@ class ConvSite(ShownSite):
 class ParameterSite(ShownSite):
     """A parameter of a module under `target_parameters`: stacked experts, mostly.
 
-    PEFT multiplies by W + s B A, which it makes for the whole stack; here W is noisy in it. Experts
-    that no token reaches get no noise.
+    PEFT multiplies by W + s B A, which it makes for the whole stack; here W is noisy in it, and
+    autograd does not keep it. Experts that no token reaches get no noise.
     """
 
     @classmethod
@@ -112,6 +112,8 @@ class ParameterSite(ShownSite):
         weight = getattr(base, layer.parameter_name)
         if not is_plain(weight):
             return not_plain(weight)
+        if transposed_blocks(base, layer.parameter_name) > 1:
+            return "matrices [in, out] below one another, to which PEFT adds one product"
         if weight.dim() == 3 and weight.shape[0] == 1:
             return "a stack of one matrix, to which PEFT adds another shape"
         return why_not_variant(layer)
@@ -134,14 +136,16 @@ class ParameterSite(ShownSite):
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer, window = self.layer, self._window
-        noisy = window is not None and window.noisy and not layer.disable_adapters
-        if not noisy:
+        if layer.disable_adapters or layer.merged:
             with self._shown(()):
                 return type(layer).forward(layer, x, *args, **kwargs)
+        # Without noise too: PEFT's own, which registers a parametrization, leaves the module's
+        # parameters in another order, by which noise is numbered.
         layer._check_forward_args(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("peft: a parameter's layer takes no adapter_names")
-        is_stack = self.weight.dim() == 3
+        window = window if window is not None and window.noisy else None
+        is_stack = window is not None and self.weight.dim() == 3
         only = reached(self.holder, len(self.weight), (x, *args), kwargs) if is_stack else None
         with showing(window, self.holder, self.parameter, only=only, then=self._adapted):
             return layer.base_layer(x, *args, **kwargs)
@@ -159,11 +163,13 @@ class ParameterSite(ShownSite):
         return weight + sum(deltas)[part] if deltas else weight
 
     def _is_transposed(self) -> bool:
+        if self.weight.dim() == 2:
+            return bool(transposed_blocks(self.holder, self.parameter))
         return is_transposed(self.holder, self.parameter)
 
     def _rows(self) -> tuple[int, ...]:
         *stack, rows, cols = self.weight.shape
-        return (*stack, cols, rows) if stack and self._is_transposed() else (*stack, rows, cols)
+        return (*stack, cols, rows) if self._is_transposed() else (*stack, rows, cols)
 
     def _of_adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
         """Of a stack A [k, r, n] and B [k, m, r]."""
@@ -171,7 +177,8 @@ class ParameterSite(ShownSite):
         lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
         scaling = float(layer.scaling[name])
         if self.weight.dim() == 2:
-            return lora_A, lora_B, scaling
+            factors = (lora_B.mT, lora_A.mT) if self._is_transposed() else (lora_A, lora_B)
+            return *factors, scaling
         k = layer.num_experts
         lora_A = lora_A.reshape(k, -1, lora_A.shape[-1])
         lora_B = lora_B.reshape(lora_B.shape[0], -1, k).permute(2, 0, 1)

@@ -69,7 +69,8 @@ class LoRAParameter(nn.Module):
         """W, as it lies."""
         return self.holder._parameters[self.parameter_name]
 
-    def _is_transposed(self) -> bool:
+    def is_transposed(self) -> bool:
+        """Whether the matrix, or each of the stack, is [in, out]."""
         own = self.holder, self.parameter_name
         if is_stack(self.holder, self.weight):
             return is_transposed(*own)
@@ -81,7 +82,7 @@ class LoRAParameter(nn.Module):
         if not is_stack(self.holder, self.weight):
             shape = shape[0], shape[1:].numel()
         *stack, m, n = shape
-        return (*stack, n, m) if self._is_transposed() else (*stack, m, n)
+        return (*stack, n, m) if self.is_transposed() else (*stack, m, n)
 
     def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A context in which the module's parameter is W', W as an open window shows it."""
@@ -100,8 +101,8 @@ class LoRAParameter(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             if self.lora_A.dim() == 3:
                 delta = wide(self.lora_B[part]) @ wide(self.lora_A[part])
-                delta = delta.mT if self._is_transposed() else delta
-            elif self._is_transposed():
+                delta = delta.mT if self.is_transposed() else delta
+            elif self.is_transposed():
                 delta = (wide(self.lora_B) @ wide(self.lora_A)[:, part]).t()
             else:
                 delta = wide(self.lora_B[part]) @ wide(self.lora_A)
@@ -188,11 +189,9 @@ def check_parameter(op: str, full: str, holder: nn.Module, name: str) -> None:
         raise ValueError(f"{what}, which max_norm writes in every forward")
 
 
-def adapt(
-    holder: nn.Module, name: str, r: int, lora_alpha: float, use_rslora: bool
-) -> LoRAParameter:
-    """Put a `LoRAParameter` into the module, and freeze the parameter."""
-    adapter = LoRAParameter(holder, name, r, lora_alpha, use_rslora)
+def adapt(adapter: LoRAParameter) -> LoRAParameter:
+    """Put it into its module, and freeze the parameter."""
+    holder, name = adapter.holder, adapter.parameter_name
     adapter.train(holder.training)
     holder.add_module(f"{name}_lora", adapter)
     if not isinstance(holder.__dict__.get("forward"), _Forward):

@@ -107,6 +107,7 @@ def test_nothing_of_the_weights_size_is_kept(kind):
     layer = peft_layers(model)[0].get_base_layer()
     smallest = min(layer._parameters[name].numel() for name in KINDS[kind][1])
     without_noise = kept_by_autograd(model, (x, *rest))
+    model, _ = adapted(kind)
     with attach(model, SIGMA).window():
         kept = kept_by_autograd(model, (x, *rest))
     assert smallest not in kept
@@ -194,6 +195,8 @@ def test_what_peft_does_sees_clean_weights(kind, mode):
             model.unmerge_adapter()
         assert torch.equal(model(*x), noisy)
     assert same_bits(bits(model), before)
+    # The order in which noise is numbered.
+    assert list(bits(model)) == list(before)
     detach(model)
     assert torch.equal(model(*x), clean)
 
