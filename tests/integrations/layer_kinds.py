@@ -108,6 +108,8 @@ KINDS = {
     "scaled embedding": (lambda: Scaled(11, 8), ["weight"], (IDS,), outputs_first),
     "conv1d": (lambda: nn.Conv1d(3, 6, 3, stride=2, padding=1), ["weight"], (image(11),), filters),
     "conv2d": (lambda: nn.Conv2d(3, 6, (2, 3), padding=1), ["weight"], (image(5, 6),), filters),
+    # PEFT's branch is no change of its weight.
+    "groups": (lambda: nn.Conv2d(3, 6, 3, groups=3), ["weight"], (image(5, 6),), filters),
     "conv3d": (lambda: nn.Conv3d(3, 4, 2), ["weight"], (image(3, 4, 3),), filters),
     "pixels": (lambda: nn.Conv2d(3, 6, 1), ["weight"], (image(5, 6),), filters),
     "table": (Table, ["table"], (X,), outputs_first),

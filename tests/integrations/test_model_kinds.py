@@ -13,6 +13,7 @@ from tiny import bits, same_bits
 
 import flatkern
 from flatkern.integrations.peft import attach
+from flatkern.nn import replace_linear
 
 STEPS = 3
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -143,6 +144,21 @@ def make(name, mode):
     return model, batch, noise, torch.optim.AdamW(trained, lr=1e-2)
 
 
+def make_own(name, mode):
+    """The same with flatkern's layers."""
+    build, targets, parameters, _ = MODELS[name]
+    torch.manual_seed(0)
+    model, batch = build()
+    linear = [t for t in targets if t not in ("embed_tokens", "wte", "wpe", *_CONV1D)]
+    stacks = [*parameters, *(f"{t}.weight" for t in targets if t not in linear)]
+    replace_linear(model, linear, r=2, target_parameters=stacks)
+    noise = flatkern.WeightNoise(
+        model, 0.1, mode=mode, schedule=flatkern.linear_ramp(STEPS), seed=7
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, batch, noise, torch.optim.AdamW(trained, lr=1e-2)
+
+
 def train(model, batch, noise, optimizer, steps):
     losses = []
     for _ in range(steps):
@@ -155,9 +171,15 @@ def train(model, batch, noise, optimizer, steps):
     return losses
 
 
+_CONV1D = ("c_attn", "c_fc", "c_proj")
+CASES = [(make, name) for name in MODELS] + [
+    (make_own, name) for name in ("Mixtral", "gpt-oss", "Llama 4", "GPT-2")
+]
+
+
 @pytest.mark.parametrize("mode", ["virtual", "inplace"])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_matrix_takes_noise_and_a_resumed_run_is_the_same(name, mode):
+@pytest.mark.parametrize(("make", "name"), CASES, ids=[f"{m.__name__}-{n}" for m, n in CASES])
+def test_every_matrix_takes_noise_and_a_resumed_run_is_the_same(make, name, mode):
     model, batch, noise, optimizer = make(name, mode)
     others = MODELS[name][3]
     matrices = [
