@@ -4,70 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners import adalora, lora
+from peft.tuners import adalora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from flatkern.integrations import quantized
+from flatkern.integrations._peft_reasons import is_plain
 from flatkern.nn import shards
 from flatkern.nn.factors import adalora_factors, wide
 from flatkern.nn.sites import ATTRIBUTE, CLOSE_FIRST, noisy_product
-from flatkern.ops import _check
-
-# Where PEFT has its layers over those of bitsandbytes, all of them linear.
-_BNB_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.adalora.bnb")
-
-
-def why_not(layer: nn.Module) -> str | None:
-    """Why no window can show the base weight of a PEFT layer, or None if one can."""
-    of_bnb = type(layer).__module__ in _BNB_LAYERS
-    if not (of_bnb or isinstance(layer, lora.Linear | adalora.SVDLinear)):
-        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
-    base = layer.base_layer
-    if "forward" in base.__dict__ and not _is_styled(base):
-        return "base layer with a forward of its own (offloaded, say)"
-    if not isinstance(getattr(base, "_parameters", {}).get("weight"), nn.Parameter):
-        return f"base layer {type(base).__name__} whose weight is not a parameter"
-    stored = quantized.stored(base)
-    reason = _why_no_linear(base) if stored is None else stored.why_not()
-    if reason is not None:
-        return reason
-    for variant in getattr(layer, "lora_variant", {}).values():
-        if not isinstance(variant, DoraLinearVariant):
-            return type(variant).__name__
-    return None
-
-
-def _why_no_linear(base: nn.Module) -> str | None:
-    if type(base) is not nn.Linear:
-        return f"base layer {type(base).__name__}"
-    weight = base.weight
-    if not _is_plain(weight):
-        local = weight.to_local() if shards.is_sharded(weight) else weight
-        if is_traceable_wrapper_subclass(local):
-            return f"base weight of type {type(local).__name__}"
-        return f"base weight of dtype {weight.dtype}"
-    if hasattr(base, "_hf_tp_plan") and not shards.is_sharded(weight):
-        return "base weight that is a part of a larger one, and no DTensor"
-    return None
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Whether it, or this rank's part of it, is floating-point elements and nothing else."""
-    local = weight.to_local() if shards.is_sharded(weight) else weight
-    return not is_traceable_wrapper_subclass(local) and weight.dtype in _check.FLOAT_DTYPES
-
 
 # Under which PEFT's modules have what they wrap.
 _BASES = ("base_layer", "original_module")
-
-
-def _is_styled(base: nn.Linear) -> bool:
-    """Whether its forward is that of transformers' tensor parallelism, around the module's own."""
-    return getattr(base, "_hf_tp_plan", None) in ("colwise", "rowwise")
 
 
 class Bystander:
@@ -108,6 +58,9 @@ class PeftSite(Bystander):
     a window is open.
     """
 
+    # Of `holder`.
+    parameter = "weight"
+
     def __init__(self, layer: nn.Module) -> None:
         """A layer that `why_not` accepts."""
         super().__init__(layer)
@@ -124,21 +77,42 @@ class PeftSite(Bystander):
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         if self.quantized is not None:
             self.quantized.hold()
-        base = layer.base_layer
-        self._kind = base, type(base.weight), base.weight.dtype
+        self._kind = self.holder, type(self.weight), self.weight.dtype
         # A forward of transformers' tensor parallelism, and the same around this one's.
-        self._styled: Any = base.__dict__.get("forward")
+        self._styled: Any = None
         self._restyled: Any = None
+        self._stand_in()
+        layer.merge, layer.unmerge = self._merge, self._unmerge
+        layer.update_layer = self._update_layer
+
+    def _stand_in(self) -> None:
+        """Replace the forward whose weight a window shows."""
+        base = self.layer.base_layer
+        self._styled = base.__dict__.get("forward")
         base.forward = self._base_forward
         if self._styled is not None:
             self._restyle(base)
-        layer.merge, layer.unmerge = self._merge, self._unmerge
-        layer.update_layer = self._update_layer
+
+    def _stand_back(self) -> None:
+        """Undo `_stand_in`."""
+        base = self.layer.base_layer
+        base.__dict__.pop("forward", None)
+        if self._styled is not None:
+            base.forward = self._styled
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose `parameter` is the base weight."""
+        return self.layer.base_layer
 
     @property
     def weight(self) -> Tensor:
         """The base weight, as it is stored."""
-        return self.layer.base_layer.weight
+        return getattr(self.holder, self.parameter)
+
+    def _rows(self) -> tuple[int, ...]:
+        """The sizes of the matrix, or the stack of matrices, that W' is: outputs before inputs."""
+        return self.layer.base_layer.out_features, self.layer.base_layer.in_features
 
     @property
     def merged(self) -> bool:
@@ -169,20 +143,24 @@ class PeftSite(Bystander):
     def _active(self) -> list[str]:
         if self.layer.disable_adapters:
             return []
-        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
+        return [name for name in self.layer.active_adapters if name in self._factors_of()]
+
+    def _factors_of(self) -> Any:
+        """What has an A for each adapter."""
+        return self.layer.lora_A
 
     def _scaled_factors(self) -> tuple[Tensor, Tensor, float]:
         parts = [self._of_adapter(name) for name in self._active()]
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            rows, cols = self.layer.base_layer.out_features, self.layer.base_layer.in_features
-            device = self.weight.device
-            zeros = torch.zeros((1, cols), device=device), torch.zeros((rows, 1), device=device)
+            *stack, rows, cols = self._rows()
+            shapes = (*stack, 1, cols), (*stack, rows, 1)
+            zeros = (torch.zeros(shape, device=self.weight.device) for shape in shapes)
             return *zeros, 1.0
         # Wide, because s B rounded to 16 bits would be off by more than the norms are.
-        lora_A = torch.cat([lora_A for lora_A, _, _ in parts])
-        return lora_A, torch.cat([wide(lora_B) * s for _, lora_B, s in parts], dim=1), 1.0
+        lora_A = torch.cat([lora_A for lora_A, _, _ in parts], dim=-2)
+        return lora_A, torch.cat([wide(lora_B) * s for _, lora_B, s in parts], dim=-1), 1.0
 
     def _of_adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
         layer = self.layer
@@ -243,7 +221,7 @@ class PeftSite(Bystander):
 
     def _enter_dora(self, name: str, dora: nn.Module) -> None:
         stored = self.quantized
-        weight = self.weight if stored is None else stored.dequantize(torch.float32)
+        weight = self._by_row() if stored is None else stored.dequantize(torch.float32)
         lora_A, lora_B, scaling = self._of_adapter(name)
         operands = weight.detach(), lora_A.detach(), lora_B.detach()
         norm = shards.row_norms(*([one] for one in operands), [scaling])[0]
@@ -256,6 +234,10 @@ class PeftSite(Bystander):
             dora.get_weight_norm = _CleanNorm(self, name, dora)
             hook = dora.register_forward_pre_hook(self._show_dora, with_kwargs=True)
             self._hooks.append((dora, hook))
+
+    def _by_row(self) -> Tensor:
+        """The weight [m, n], a row for each output."""
+        return self.weight
 
     def _show_dora(
         self, dora: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
@@ -285,8 +267,8 @@ class PeftSite(Bystander):
         """PEFT's; in a pause of a window its `unmerge` will bring the exact bits back."""
         self._require_hidden("merge")
         if self._window is not None and not self.merged:
-            base, stored = self.layer.base_layer, self.quantized
-            self._put_back = _copied(base) if stored is None else stored.keep()
+            stored = self.quantized
+            self._put_back = self._copied() if stored is None else stored.keep()
         try:
             type(self.layer).merge(self.layer, *args, **kwargs)
         finally:
@@ -319,17 +301,17 @@ class PeftSite(Bystander):
 
     def _require_same_base(self, action: str) -> None:
         """RuntimeError if the base layer, or how its weight is stored, is not what it was."""
-        base = self.layer.base_layer
-        kind = base, type(base.weight), base.weight.dtype
+        base = self.holder
+        kind = base, type(self.weight), self.weight.dtype
         if kind == self._kind:
             return
         now = quantized.stored(base)
         if base is not self._kind[0]:
             found = f"another one, {type(base).__name__}"
         elif type(now) is not type(self.quantized):
-            found = "stored as " + (str(base.weight.dtype) if now is None else now.format)
-        elif now is None and not _is_plain(base.weight):
-            found = f"a {type(base.weight).__name__} of {base.weight.dtype}"
+            found = "stored as " + (str(self.weight.dtype) if now is None else now.format)
+        elif now is None and not is_plain(self.weight):
+            found = f"a {type(self.weight).__name__} of {self.weight.dtype}"
         else:
             self._kind = kind
             return
@@ -337,6 +319,20 @@ class PeftSite(Bystander):
             f"peft: {action}: the base layer was changed after attach, it is now {found}; "
             "call detach(model) and attach(model) again"
         )
+
+    def _copied(self) -> Callable[[], None]:
+        """What puts the present bits of weight and bias back."""
+        names = [self.parameter]
+        if self.parameter == "weight" and getattr(self.holder, "bias", None) is not None:
+            names.append("bias")
+        kept = [(name, getattr(self.holder, name).detach().clone()) for name in names]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for name, bits in kept:
+                getattr(self.holder, name).copy_(bits)
+
+        return put_back
 
     def require_clean(self, action: str) -> None:
         """RuntimeError while a window is open."""
@@ -346,9 +342,7 @@ class PeftSite(Bystander):
     def detach(self) -> None:
         """Leave the layer as it was."""
         self._attached = False
-        self.layer.base_layer.__dict__.pop("forward", None)
-        if self._styled is not None:
-            self.layer.base_layer.forward = self._styled
+        self._stand_back()
         if self.quantized is not None:
             self.quantized.release()
         for name in ("merge", "unmerge", "update_layer"):
@@ -361,18 +355,6 @@ class PeftSite(Bystander):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle has no part in an open window."""
         return self.__dict__ | {"_window": None}
-
-
-def _copied(base: nn.Linear) -> Callable[[], None]:
-    """What puts the present bits of weight and bias back."""
-    kept = [(part, part.detach().clone()) for part in (base.weight, base.bias) if part is not None]
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for part, bits in kept:
-            part.copy_(bits)
-
-    return put_back
 
 
 class _CleanNorm:

@@ -7,7 +7,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from flatkern.integrations._peft_sites import Bystander, PeftSite, why_not
+from flatkern.integrations._peft_attention import AttentionSite
+from flatkern.integrations._peft_layers import site_type
+from flatkern.integrations._peft_reasons import why_not
+from flatkern.integrations._peft_sites import Bystander, PeftSite
 from flatkern.nn.names import named_modules
 from flatkern.nn.sites import ATTRIBUTE
 from flatkern.noise import Fisher, WeightNoise
@@ -72,14 +75,19 @@ def attach(
     if _sites(model):
         raise RuntimeError("peft.attach: model is attached already; call detach(model) first")
     layers = {name: m for name, m in named_modules(model) if isinstance(m, BaseTunerLayer)}
-    skipped = {name: reason for name, m in layers.items() if (reason := why_not(m)) is not None}
-    if len(skipped) == len(layers):
+    reasons = {name: _why_not(layer) for name, layer in layers.items()}
+    # The attention around it speaks for it.
+    inner = {id(m.base_layer.out_proj) for m in layers.values() if site_type(m) is AttentionSite}
+    skipped = {n: why for n, why in reasons.items() if why and id(layers[n]) not in inner}
+    if len(skipped) == sum(id(layer) not in inner for layer in layers.values()):
         found = f"none that can ({_listed(skipped)})" if skipped else "no PEFT layers"
-        raise ValueError(f"peft.attach: model must have LoRA layers over nn.Linear, got {found}")
+        raise ValueError(f"peft.attach: model must have LoRA layers that can, got {found}")
     try:
         for name, module in list(named_modules(model)):
-            if name in layers and name not in skipped:
-                PeftSite(module)
+            if ATTRIBUTE in module.__dict__:
+                continue
+            if name in layers and reasons[name] is None:
+                (site_type(module) or PeftSite)(module)
             elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 Bystander(module)
         noise = WeightNoise(
@@ -107,6 +115,12 @@ def attach(
             stacklevel=3,
         )
     return noise
+
+
+def _why_not(layer: BaseTunerLayer) -> str | None:
+    """Why no window can show the base weight of a layer, or None if one can."""
+    kind = site_type(layer)
+    return why_not(layer) if kind is None else kind.why_not(layer)
 
 
 def detach(model: nn.Module) -> None:

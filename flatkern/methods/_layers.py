@@ -11,6 +11,7 @@ from flatkern.methods._ranks import Ranks, dense
 from flatkern.methods.base import Method
 from flatkern.nn import shards
 from flatkern.nn.names import named_modules
+from flatkern.nn.parameters import LoRAParameter
 from flatkern.nn.sites import site_of
 
 
@@ -76,7 +77,10 @@ def lora_layers(method: Method, needed: str) -> list[LoRALayer]:
 
 
 def _of(name: str, module: nn.Module) -> Iterator[LoRALayer]:
-    if site_of(module) is module:
+    if isinstance(module, LoRAParameter):
+        own = [part for part in module.adapters().values() if part.requires_grad]
+        yield LoRALayer(name, module, [], own, linear=False)
+    elif site_of(module) is module:
         own = [part for part in module.adapters().values() if part.requires_grad]
         A, B = module.lora_A, module.lora_B
         trained = A.requires_grad and B.requires_grad

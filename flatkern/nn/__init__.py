@@ -8,11 +8,13 @@ from flatkern.nn.linear import LoRALinear
 from flatkern.nn.lora_ga import lora_ga_init
 from flatkern.nn.lora_plus import lora_plus_groups
 from flatkern.nn.nora import NoRALinear
+from flatkern.nn.parameters import LoRAParameter
 from flatkern.nn.replace import replace_linear
 
 __all__ = [
     "DoRALinear",
     "LoRALinear",
+    "LoRAParameter",
     "NoRALinear",
     "adalora_factors",
     "awsvd_init",

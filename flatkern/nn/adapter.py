@@ -18,6 +18,8 @@ from flatkern.nn.factors import nora_factors
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.names import named_modules
 from flatkern.nn.nora import NoRALinear
+from flatkern.nn.parameter_files import SavedParameters, find_parameters, tensors_of
+from flatkern.nn.parameters import LoRAParameter
 from flatkern.nn.replace import find_lora_layers, swap
 from flatkern.nn.saved import (
     PREFIX,
@@ -50,7 +52,6 @@ _UNSUPPORTED = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -94,13 +95,17 @@ def save_adapter(
     _check.kinds("save_adapter", nn.Module, model=model)
     _check.kinds("save_adapter", (str, os.PathLike), folder=folder)
     layers = find_lora_layers(model)
-    if not layers:
+    parameters = find_parameters(model)
+    if not (layers or parameters):
         raise ValueError("save_adapter: model must have LoRALinear layers, got none")
     saved, lost = find_saved("save_adapter", model, modules_to_save)
     parts = {name: _parts(layer) for name, layer in layers.items()}
-    config = _config(model, layers, {name: len(parts[name]["lora_A"]) for name in layers})
+    ranks = {name: len(parts[name]["lora_A"]) for name in layers}
+    ranks |= {name: adapter.r for name, adapter in parameters.items()}
+    config = _config(model, layers, parameters, ranks)
     config["modules_to_save"] = list(saved) or None
     tensors = {f"{name}.{_PARTS[key]}": v for name in layers for key, v in parts[name].items()}
+    tensors |= tensors_of("save_adapter", parameters)
     for name, module in saved.items():
         tensors |= {f"{name}.{key}": whole(v) for key, v in state_of(module).items()}
     # Copied, because safetensors refuses the shared storage of a layer used twice.
@@ -138,9 +143,13 @@ def _parts(layer: LoRALinear) -> dict[str, Tensor]:
 
 
 def _config(
-    model: nn.Module, layers: dict[str, LoRALinear], ranks: dict[str, int]
+    model: nn.Module,
+    layers: dict[str, LoRALinear],
+    parameters: dict[str, LoRAParameter],
+    ranks: dict[str, int],
 ) -> dict[str, Any]:
-    use_rslora = all(layer.use_rslora for layer in layers.values())
+    adapted: dict[str, Any] = layers | parameters
+    use_rslora = all(layer.use_rslora for layer in adapted.values())
     use_dora = any(isinstance(layer, DoRALinear) for layer in layers.values())
     others = [name for name, layer in layers.items() if not isinstance(layer, DoRALinear)]
     if use_dora and others:
@@ -151,7 +160,7 @@ def _config(
         name: layer.lora_alpha
         if (layer.use_rslora, layer.r) == (use_rslora, ranks[name])
         else layer.scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name])
-        for name, layer in layers.items()
+        for name, layer in adapted.items()
     }
     r, alpha = _most_common(ranks), _most_common(alphas)
     return {
@@ -160,11 +169,12 @@ def _config(
         "base_model_name_or_path": None,
         "inference_mode": True,
         "target_modules": _target_modules(model, layers),
+        "target_parameters": list(parameters) or None,
         "r": r,
         "rank_pattern": {_whole(name): value for name, value in ranks.items() if value != r},
         "lora_alpha": alpha,
         "alpha_pattern": {_whole(name): value for name, value in alphas.items() if value != alpha},
-        "lora_dropout": max(layer.lora_dropout.p for layer in layers.values()),
+        "lora_dropout": max((layer.lora_dropout.p for layer in layers.values()), default=0.0),
         "use_rslora": use_rslora,
         "use_dora": use_dora,
         "init_lora_weights": True,
@@ -224,7 +234,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     modules = dict(named_modules(model, remove_duplicate=False))
     tensors = unwrapped("load_adapter", load_file(Path(folder) / WEIGHTS_FILE), modules)
     saved = _read_saved(model, config, tensors)
-    adapters = _read_adapters(tensors, kind)
+    parameters = SavedParameters("load_adapter", model, config, tensors)
+    adapters = _read_adapters(tensors, kind) if tensors or not parameters.read else {}
     options = {
         name: _options(config, name, parts["lora_A"].shape[0]) for name, parts in adapters.items()
     }
@@ -249,7 +260,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         for name in targets:
             for part, value in adapters[name].items():
                 getattr(layers[name], part).copy_(value)
-    return list(targets)
+    parameters.write(lambda name, r: _options(config, name, r))
+    return [*targets, *parameters.places]
 
 
 def _read_saved(

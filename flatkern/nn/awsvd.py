@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.nn.calibration import evaluating, idle_layers
+from flatkern.nn.factors import singular_factors
 from flatkern.nn.nora import NoRALinear
 from flatkern.ops import _check
 
 _OP = "awsvd_init"
-_DIAGONALS = ("l2", "mean_abs_sqrt")
+_DIAGONALS = ("l2", "mean_abs_sqrt", "direction")
 
 
 def awsvd_init(
@@ -36,8 +37,10 @@ def awsvd_init(
         model: with `NoRALinear` layers, or one; idle: not merged, no window open.
         batches: each one is the model's argument; a mapping is its keywords, a tuple or list its
             positional arguments. None: D = 1, the plain SVD.
-        diagonal: "l2" (||X_:j||_2) or "mean_abs_sqrt" (the root of mean |X_:j|, as in the
-            published code).
+        diagonal: "l2" (||X_:j||_2), "mean_abs_sqrt" (the root of mean |X_:j|, as in the published
+            code) or "direction" (||X_:j||_2 of tokens scaled to length 1: each counts the same, so
+            a few of enormous length, which large models have, decide nothing; the diagonal of the
+            spatial sign covariance, Visuri et al., 2000).
         floor: D_jj is at least floor times the largest, in (0, 1]: an input that was always zero
             must not divide by zero.
 
@@ -60,11 +63,14 @@ def awsvd_init(
             _check.refuse(_OP, f"{name}.r", f"at most {min(layer.weight.shape)}", layer.r)
     diagonals = dict.fromkeys(layers)
     if batches is not None:
-        powers = _column_powers(model, layers, batches, 2 if diagonal == "l2" else 1)
+        powers = _column_powers(model, layers, batches, diagonal)
         diagonals = {
             name: _diagonal(name, *powers.get(name, (None, 0)), diagonal, floor) for name in layers
         }
-    outer = {name: _outer(layer, diagonals[name]) for name, layer in layers.items()}
+    outer = {
+        name: singular_factors(layer.weight.to(layer.lora_A.dtype), layer.r, diagonals[name])
+        for name, layer in layers.items()
+    }
     with torch.no_grad():
         for name, layer in layers.items():
             layer.lora_A.copy_(outer[name][0])
@@ -72,13 +78,16 @@ def awsvd_init(
 
 
 def _column_powers(
-    model: nn.Module, layers: dict[str, NoRALinear], batches: Iterable[Any], power: int
+    model: nn.Module, layers: dict[str, NoRALinear], batches: Iterable[Any], diagonal: str
 ) -> dict[str, tuple[Tensor, int]]:
     """Per layer the sum of |X_tj|^power over all tokens t, and how many there were."""
+    power = 1 if diagonal == "mean_abs_sqrt" else 2
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def record(name: str, x: Tensor) -> None:
         tokens = x.detach().reshape(-1, x.shape[-1])
+        if diagonal == "direction":
+            tokens = nn.functional.normalize(tokens.double(), dim=1)
         norms = torch.linalg.vector_norm(tokens, power, dim=0, dtype=torch.float64)
         before, count = sums.get(name, (0, 0))
         sums[name] = before + norms**power, count + len(tokens)
@@ -119,17 +128,9 @@ def _run(model: nn.Module, batch: Any) -> None:
 def _diagonal(name: str, sums: Tensor | None, count: int, diagonal: str, floor: float) -> Tensor:
     if sums is None:
         raise ValueError(f"{_OP}: batches must reach every NoRALinear, none reached {name}")
-    values = (sums if diagonal == "l2" else sums / count).sqrt()
+    values = (sums / count if diagonal == "mean_abs_sqrt" else sums).sqrt()
     largest = values.max()
     if not (torch.isfinite(largest) and largest > 0):
         accepted = "finite and not all zero"
         raise ValueError(f"{_OP}: the inputs of {name} must be {accepted}, got {largest:g} at most")
     return values.clamp_min(floor * largest)
-
-
-@torch.no_grad()
-def _outer(layer: NoRALinear, diagonal: Tensor | None) -> tuple[Tensor, Tensor]:
-    weight = layer.weight.to(layer.lora_A.dtype)
-    scale = weight.new_ones(weight.shape[1]) if diagonal is None else diagonal.to(weight)
-    u, sizes, vh = torch.linalg.svd(weight * scale, full_matrices=False)
-    return vh[: layer.r] / scale, u[:, : layer.r] * sizes[: layer.r]

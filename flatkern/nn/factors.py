@@ -9,6 +9,16 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@torch.no_grad()
+def singular_factors(
+    weight: Tensor, r: int, diagonal: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A = V_r^T D^-1 [r, n] and B = U_r S_r [m, r] of W D = U S V^T; D = 1 if it is None."""
+    scale = weight.new_ones(weight.shape[1]) if diagonal is None else diagonal.to(weight)
+    u, sizes, vh = torch.linalg.svd(weight * scale, full_matrices=False)
+    return vh[:r] / scale, u[:, :r] * sizes[:r]
+
+
 def nora_factors(
     lora_A: Tensor, lora_B: Tensor, nora_A: Tensor, nora_B: Tensor
 ) -> tuple[Tensor, Tensor]:

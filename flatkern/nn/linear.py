@@ -14,7 +14,7 @@ from flatkern.nn.sites import CLOSE_FIRST, noisy_product
 from flatkern.ops import _check
 
 _OP = "LoRALinear"
-_INITS = (True, False, "gaussian", "pissa")
+_INITS = (True, False, "gaussian", "pissa", "svd")
 
 
 def check_options(
@@ -35,7 +35,7 @@ def check_options(
     if not 0 <= lora_dropout < 1:
         _check.refuse(_OP, "lora_dropout", "in [0, 1)", lora_dropout)
     if init_lora_weights not in _INITS:
-        accepted = "True, False, 'gaussian' or 'pissa'"
+        accepted = "True, False, 'gaussian', 'pissa' or, of a NoRALinear, 'svd'"
         _check.refuse(_OP, "init_lora_weights", accepted, init_lora_weights)
 
 
@@ -207,6 +207,11 @@ class LoRALinear(nn.Module):
         """Add what a kind of adapter has besides; its options arrive as keywords."""
 
     def _init_adapters(self, init_lora_weights: bool | str) -> None:
+        if init_lora_weights == "svd":
+            raise ValueError(
+                f"{type(self).__name__}: init_lora_weights must be another than 'svd', which is "
+                "NoRALinear's; 'pissa' moves the singular values into A and B"
+            )
         if init_lora_weights == "pissa":
             start = pissa_factors(self.weight, self.r, self.scaling)
             self.rebase(*start, self.offset_weight(*start))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flatkern.nn.factors import nora_factors, wide
+from flatkern.nn.factors import nora_factors, singular_factors, wide
 from flatkern.nn.linear import LoRALinear
 from flatkern.ops import _check
 
@@ -15,8 +15,9 @@ class NoRALinear(LoRALinear):
 
     The outer A and B start as an nn.Linear's and are frozen; `awsvd_init` computes them from the
     weight and calibration data. init_lora_weights is about the inner ones: True (A' as nn.Linear,
-    B' = 0), "gaussian" (both with standard deviation 1 / r', so the layer does not start at W) or
-    False (both as nn.Linear). Source: "NoRA: Nested Low-Rank Adaptation", 2024.
+    B' = 0), "gaussian" (both with standard deviation 1 / r', so the layer does not start at W),
+    False (both as nn.Linear) or "svd": as True, over the r largest singular values of W as the
+    outer B A, which is `awsvd_init` without data. Source: "NoRA: Nested Low-Rank Adaptation", 2024.
 
     Attributes:
         lora_A, lora_B: [r, in_features] and [out_features, r], frozen.
@@ -43,10 +44,14 @@ class NoRALinear(LoRALinear):
     def _init_adapters(self, init_lora_weights: bool | str) -> None:
         if init_lora_weights == "pissa":
             raise ValueError(
-                "NoRALinear: init_lora_weights must be True, False or 'gaussian', got 'pissa'"
+                "NoRALinear: init_lora_weights must be True, False, 'gaussian' or 'svd', "
+                "got 'pissa'"
             )
-        for outer in (self.lora_A, self.lora_B):
-            nn.init.kaiming_uniform_(outer, a=math.sqrt(5))
+        if init_lora_weights == "svd":
+            self._init_outer()
+        else:
+            for outer in (self.lora_A, self.lora_B):
+                nn.init.kaiming_uniform_(outer, a=math.sqrt(5))
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.nora_A, std=1 / self.r_inner)
             nn.init.normal_(self.nora_B, std=1 / self.r_inner)
@@ -56,6 +61,15 @@ class NoRALinear(LoRALinear):
             nn.init.zeros_(self.nora_B)
         else:
             nn.init.kaiming_uniform_(self.nora_B, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def _init_outer(self) -> None:
+        if self.r > min(self.weight.shape):
+            accepted = f"at most {min(self.weight.shape)} with init_lora_weights='svd'"
+            _check.refuse(type(self).__name__, "r", accepted, self.r)
+        lora_A, lora_B = singular_factors(self.weight.to(self.lora_A.dtype), self.r)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
 
     def _wide(self, x: Tensor) -> Tensor:
         return wide(super()._wide(x))

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.names import named_modules
+from flatkern.nn.parameter_files import parameters_named
+from flatkern.nn.parameters import LoRAParameter, adapt, check_parameter
 from flatkern.nn.saved import keep, matches, matching, output_layers
 from flatkern.ops import _check
 from flatkern.ops._keywords import refuse_unknown
@@ -33,6 +35,7 @@ def replace_linear(
     init_lora_weights: bool | str = True,
     layer: type[LoRALinear] = LoRALinear,
     modules_to_save: Iterable[str] | None = None,
+    target_parameters: Iterable[str] | None = None,
     **kind: Any,
 ) -> list[str]:
     """Replace linear layers by `LoRALinear` layers around the same weights, and freeze the rest.
@@ -55,11 +58,16 @@ def replace_linear(
         layer: the kind of adapter: `LoRALinear`, `DoRALinear` or `NoRALinear`.
         modules_to_save: names of modules, matched as targets are, that are trained whole; what
             they hold is no target.
+        target_parameters: names of parameters, matched as targets are, that get a `LoRAParameter`:
+            those of modules that are no nn.Linear, such as stacked experts
+            ("experts.gate_up_proj", "experts.down_proj"), GPT-2's Conv1D ("c_attn.weight"),
+            embeddings and convolutions. `target_modules` may then be []. Without dropout, as in
+            PEFT.
         kind: that kind's own options: NoRALinear's r_inner, DoRALinear's renorm.
 
     Returns:
-        the full names of the replaced layers, in the model's order, without those of wrappers such
-        as `torch.compile`'s.
+        the full names of the replaced layers, then of the adapted parameters, in the model's order,
+        without those of wrappers such as `torch.compile`'s.
 
     Raises:
         TypeError: a target that is not an nn.Linear (or computes something of its own), a model
@@ -80,14 +88,38 @@ def replace_linear(
     modules = dict(named_modules(model, remove_duplicate=False))
     modules.pop("", None)
     kept = [] if modules_to_save is None else _named(modules, modules_to_save)
-    targets = _find(model, modules, target_modules, kept)
+    parameters = {} if target_parameters is None else _find_parameters(model, target_parameters)
+    only_parameters = parameters and not isinstance(target_modules, str) and not target_modules
+    targets = {} if only_parameters else _find(model, modules, target_modules, kept)
+    for full, (_, own) in parameters.items():
+        if lora_dropout:
+            accepted = f"0 with target_parameters, whose product no one divides: {full}"
+            _check.refuse(_OP, "lora_dropout", accepted, lora_dropout)
+        if full.removesuffix(f".{own}") in targets:
+            raise ValueError(
+                f"{_OP}: target_parameters must be of other modules than target_modules, got {full}"
+            )
+    own_options = (r, lora_alpha, use_rslora)
+    adapters = [LoRAParameter(*place, *own_options) for place in parameters.values()]
 
     def build(name: str, linear: nn.Linear) -> LoRALinear:
         return layer.from_linear(linear, *options, **kind)
 
     swap(model, targets, build, kept)
+    for adapter in adapters:
+        adapt(adapter)
+    _leave_fast_paths(model)
     _warn_of_what_is_left(model)
-    return list(targets)
+    return [*targets, *parameters]
+
+
+def _find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    found = parameters_named(_OP, "target_parameters", model, names)
+    for full, place in found.items():
+        if f"{place[1]}_lora" in place[0]._modules:
+            raise ValueError(f"{_OP}: target_parameters must have no adapters yet, got {full}")
+        check_parameter(_OP, full, *place)
+    return found
 
 
 def _check_kind(layer: type[LoRALinear], kind: dict[str, Any]) -> None:
@@ -124,6 +156,8 @@ def _warn_of_what_is_left(model: nn.Module) -> None:
             if weight is None:
                 continue
             total += weight.numel()
+            if f"{own}_lora" in module._modules or isinstance(module, LoRAParameter):
+                continue
             if weight.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd):
                 stacked[f"{name}.{own}"] = weight.numel()
     share = sum(stacked.values()) / max(total, 1)
@@ -280,7 +314,8 @@ def _refuse_unknown(modules: dict[str, nn.Module], asked: str) -> None:
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:
     layers = find_lora_layers(model).values()
-    adapters = {id(weight) for layer in layers for weight in layer.adapters().values()}
+    own = [module for module in model.modules() if isinstance(module, LoRAParameter)]
+    adapters = {id(weight) for part in (*layers, *own) for weight in part.adapters().values()}
     for weight in model.parameters():
         if id(weight) not in adapters:
             weight.requires_grad_(False)
@@ -292,7 +327,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
     Its fast path reads their weights instead, and would skip adapters and noise without a word.
     """
     for module in model.modules():
-        if not any(isinstance(part, LoRALinear) for part in module.modules()):
+        if not any(isinstance(part, LoRALinear | LoRAParameter) for part in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

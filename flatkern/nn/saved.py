@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flatkern.nn.linear import LoRALinear
 from flatkern.nn.names import named_modules, named_parameters
+from flatkern.nn.parameters import LoRAParameter
 from flatkern.ops import _check
 
 # In the `__dict__` of a module that is saved whatever is trainable by then.
@@ -99,7 +100,7 @@ def find_saved(
     adapters = {
         id(weight)
         for module in modules.values()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LoRALinear | LoRAParameter)
         for weight in module.adapters().values()
     }
     if asked is not None:
@@ -131,7 +132,7 @@ def find_saved(
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    return any(isinstance(part, LoRALinear) for part in module.modules())
+    return any(isinstance(part, LoRALinear | LoRAParameter) for part in module.modules())
 
 
 def _trains(module: nn.Module, adapters: set[int]) -> bool:

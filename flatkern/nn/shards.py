@@ -73,6 +73,13 @@ def check(op: str, name: str, weight: Tensor) -> None:
         )
 
 
+def are_even(weight: Tensor) -> bool:
+    """Whether the shards of a weight that passed `check` are of one size."""
+    sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
+    cut = math.prod(size for placement, size in sizes if not placement.is_replicate())
+    return weight.shape[0] % cut == 0
+
+
 def part_of(weight: Tensor) -> Part:
     """This rank's part of a weight that passed `check`; of a plain tensor all of it."""
     if not is_sharded(weight):
@@ -103,7 +110,15 @@ def row_norms_(
     scalings: list[float],
     factors: list[float],
 ) -> None:
-    """Write `row_norms`, times a factor for each weight, into `out`; of one device and backend."""
+    """Write `row_norms`, times a factor for each weight, into `out`; of one device and backend.
+
+    A [k, r, n] and B [k, m, r] are those of k matrices, which lie below one another in a weight
+    [k m, n].
+    """
+    if lora_As is not None and any(lora_A.dim() == 3 for lora_A in lora_As):
+        lists = _unstacked(out, weights, lora_As, lora_Bs, scalings, factors)
+        row_norms_(*lists)
+        return
     operands = weights, lora_As, lora_Bs
     if not any(map(is_sharded, itertools.chain(*(part or () for part in operands)))):
         matrices = [as_matrix(weight) for weight in weights]
@@ -113,6 +128,20 @@ def row_norms_(
     detached = ([part.detach() for part in parts] if parts else None for parts in operands)
     norms = row_norms(*detached, scalings)
     torch._foreach_copy_(out, torch._foreach_mul(norms, factors))
+
+
+def _unstacked(*lists: list[Any]) -> tuple[list[Any], ...]:
+    """The operands of `row_norms_` with every matrix of a stack apart."""
+    apart: list[tuple[Any, ...]] = []
+    for out, weight, lora_A, lora_B, *rest in zip(*lists, strict=True):
+        if lora_A.dim() == 2:
+            apart.append((out, weight, lora_A, lora_B, *rest))
+            continue
+        k = lora_A.shape[0]
+        matrices = weight.reshape(k, -1, weight.shape[-1])
+        parts = zip(out.view(k, -1), matrices, lora_A, lora_B, strict=True)
+        apart += [(*part, *rest) for part in parts]
+    return tuple(map(list, zip(*apart, strict=True)))
 
 
 def row_norms(

@@ -115,9 +115,15 @@ def check_shards(op: str, targets: list[Target], ranks: str) -> None:
         if target.rows.columns:
             accepted = f"one without a scale for each output where {target.name} is sharded"
             _check.refuse(op, "strategy", accepted, target.strategy)
+        if target.rows.stacked and not shards.are_even(weight):
+            raise ValueError(
+                f"{op}: {target.name} must be a stack that ranks share evenly where it is sharded, "
+                f"got {weight.placements} of {list(weight.shape)} on a mesh of "
+                f"{list(weight.device_mesh.shape)}"
+            )
         for layer in target.layers:
             if not layer.takes_shards:
-                kind = type(layer).__name__.removeprefix("FSDP")
+                kind = type(getattr(layer, "layer", layer)).__name__.removeprefix("FSDP")
                 raise TypeError(
                     f"{op}: {target.name} must be of a LoRALinear, or of a PEFT layer over "
                     f"nn.Linear, where it is sharded, got {kind}"

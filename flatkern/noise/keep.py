@@ -16,8 +16,6 @@ from flatkern.ops.residual import is_available, is_filled, pool_need
 RESTORES = ("residual", "snapshot", "host")
 # Times the pool that a window was measured to need, and what chance may add to a small one.
 _SPARE = 1.1
-# Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
-_PANEL = 2**20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -183,18 +181,8 @@ class ColumnSnapshot(Snapshot):
     def _add_noise(self, weight: Tensor) -> None:
         """In panels of bounded size; element by element as the kernels do."""
         row_scale, key = self.noise.tensors
-        groups, width = self._rows.columns, self._rows.width
-        scale = torch.where(row_scale.isfinite(), row_scale, 0.0)
-        scale = scale.view(groups, -1).repeat_interleave(width, dim=1)
-        rows, cols = weight.shape[0] // groups, weight.shape[1]
-        step = max(_PANEL // max(cols, 1), 1)
-        for group in range(groups):
-            for begin in range(group * rows, (group + 1) * rows, step):
-                panel = weight[begin : min(begin + step, (group + 1) * rows)]
-                e = ops.noise(len(panel), cols, key, row_offset=begin).mul_(scale[group])
-                noisy = (panel + e).to(panel.dtype)
-                fine = noisy.isfinite() & panel.isfinite()
-                panel.copy_(torch.where(fine, noisy, panel))
+        options = {"elementwise": self.noise.elementwise}
+        self._rows.perturb_columns_(weight, row_scale, key, **options)
 
 
 class Residual(Keeper):

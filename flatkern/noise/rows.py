@@ -1,14 +1,18 @@
 """Which elements of a weight are a row: those that share one scale."""
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from flatkern import ops
+from flatkern.nn.layouts import is_stack, is_transposed, transposed_blocks
 
 # The strategies that give rows different scales.
 _BY_ROW = ("row", "flat_lora", "fisher")
+# Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
+_PANEL = 2**20
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Rows:
         columns: 0, or how many times the matrix's columns, those of each group of its rows apart,
             are the rows: see `width`.
         width: how many neighbouring columns belong together (the elements of a kernel).
+        padding: the row that takes no noise, an embedding's for padding; None if there is none.
     """
 
     stacked: bool = False
     columns: int = 0
     width: int = 1
+    padding: int | None = None
 
     def fold(self, weight: Tensor) -> Tensor:
         """The matrix as a view; of other weights than stacks the weight itself."""
@@ -48,6 +54,54 @@ class Rows:
         )
         return groups.transpose(1, 2).reshape(self.count(weight.shape), -1).contiguous()
 
+    def perturb_columns_(
+        self,
+        matrix: Tensor,
+        row_scale: Tensor,
+        key: Tensor,
+        *,
+        elementwise: bool = False,
+        first: int = 0,
+        total: int | None = None,
+    ) -> None:
+        """Add noise where rows are columns: element by element as the kernels do.
+
+        In panels of bounded size, outside autograd.
+
+        Args:
+            matrix: rows `first` and following of all `total` of the matrix that noise sees.
+            row_scale: c of the whole weight.
+            key, elementwise: as in `flatkern.ops.perturb_`.
+        """
+        total = matrix.shape[0] if total is None else total
+        scales, own = self._column_scales(row_scale), total // self.columns
+        step = max(_PANEL // max(matrix.shape[1], 1), 1)
+        begin, last = first, first + matrix.shape[0]
+        while begin < last:
+            group = begin // own
+            end = min(begin + step, (group + 1) * own, last)
+            panel = matrix.detach()[begin - first : end - first]
+            panel.copy_(_noisy_panel(panel, scales[group], key, begin, elementwise))
+            begin = end
+
+    def perturbed_columns(
+        self, matrix: Tensor, row_scale: Tensor, key: Tensor, elementwise: bool = False
+    ) -> Tensor:
+        """The same of a whole matrix as a new tensor, for compilers and torch.func."""
+        groups = zip(matrix.chunk(self.columns), self._column_scales(row_scale), strict=True)
+        own = matrix.shape[0] // self.columns
+        return torch.cat(
+            [
+                _noisy_panel(panel, scale, key, i * own, elementwise)
+                for i, (panel, scale) in enumerate(groups)
+            ]
+        )
+
+    def _column_scales(self, row_scale: Tensor) -> Tensor:
+        """[columns, the matrix's columns]."""
+        scales = torch.where(row_scale.isfinite(), row_scale, 0.0).view(self.columns, -1)
+        return scales.repeat_interleave(self.width, dim=1)
+
     def squares(self, gradient: Tensor) -> Tensor:
         """The sum of squares over each row, float32 or wider."""
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -58,28 +112,43 @@ class Rows:
         return shape[-1] if self.stacked else shape[1:].numel()
 
 
-def rows_of(module: nn.Module, name: str, weight: Tensor, strategy: str) -> Rows:
+def _noisy_panel(
+    panel: Tensor, scale: Tensor, key: Tensor, begin: int, elementwise: bool
+) -> Tensor:
+    """What `perturb` gives, with a scale for each column."""
+    rows, cols = panel.shape
+    e = ops.noise(rows, cols, key, row_offset=begin) * scale
+    if elementwise:
+        e = e * panel.abs()
+    noisy = (panel + e).to(panel.dtype)
+    return torch.where(noisy.isfinite() & panel.isfinite(), noisy, panel)
+
+
+def rows_of(
+    module: nn.Module, name: str, weight: Tensor, strategy: str, merged: bool = False
+) -> Rows:
     """The rows of parameter `name` of a module.
 
     Outputs, each with the elements that it is a sum over: dim 0 of linear layers, embeddings
     (tokens) and convolutions (filters), (expert, output) of a stack of matrices, dim 1 of
-    transformers' Conv1D and of transposed convolutions, and dim 2 of experts that say
-    `is_transposed`. A stack is any weight of three dimensions but those of convolutions and
+    transformers' Conv1D and of transposed convolutions, and dim 2 of stacks [k, in, out], see
+    `flatkern.nn.layouts`. A stack is any weight of three dimensions but those of convolutions and
     nn.Bilinear.
+
+    Args:
+        module, name, weight: the parameter.
+        strategy: only some care which elements share a scale.
+        merged: whether the scale is that of W' = W + s B A, whose B has a row for each output.
     """
-    stacked = weight.dim() == 3 and not isinstance(module, _ConvNd | nn.Bilinear)
-    columns, width = 0, 1
-    if strategy in _BY_ROW:
+    stacked = is_stack(module, weight)
+    columns, width, padding = 0, 1, None
+    if merged or strategy in _BY_ROW:
         if isinstance(module, _ConvTransposeNd) and name == "weight":
             columns, width = module.groups, weight.shape[2:].numel()
-        elif weight.dim() == 2 and name == "weight" and _is_conv1d(module):
-            columns = 1
-        elif stacked and getattr(module, "is_transposed", False) is True:
+        elif weight.dim() == 2:
+            columns = transposed_blocks(module, name)
+        elif stacked and is_transposed(module, name):
             columns = weight.shape[0]
-    return Rows(stacked, columns, width)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with a weight [in, out]."""
-    found = sys.modules.get("transformers.pytorch_utils")
-    return found is not None and isinstance(module, found.Conv1D)
+    if isinstance(module, nn.Embedding) and name == "weight":
+        padding = module.padding_idx
+    return Rows(stacked, columns, width, padding)

@@ -1,6 +1,5 @@
 """Row scales: the standard deviation of the noise of each row, for all weights in few calls."""
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -24,6 +23,11 @@ class Scales:
             for state, scale in zip(states, own, strict=True)
             if state.target.fisher is not None
         ]
+        self._padded = [
+            (state.target.rows.padding, scale)
+            for state, scale in zip(states, own, strict=True)
+            if state.target.rows.padding is not None
+        ]
         where = dict(zip(states, own, strict=True))
         self._groups = []
         # By a group's first target, its adapters that passed the checks.
@@ -41,10 +45,15 @@ class Scales:
         now = [id(part) for pair in operands for part in pair[:2]]
         if now == self._checked.get(group[0]):
             return
-        for target, own in zip(group, operands, strict=False):
-            rows, *rest = target.shape
-            shape = rows, math.prod(rest)
-            _check.adapters(f"{_OP}: {target.name}", *own, shape, target.weight.device)
+        for target, (lora_A, lora_B, scaling) in zip(group, operands, strict=False):
+            # As many adapters as matrices in a stack, of which the first stands for all.
+            rows = target.rows.count(target.shape)
+            shape = rows, target.shape.numel() // max(rows, 1)
+            if lora_A.dim() == 3:
+                shape = rows // lora_A.shape[0], shape[1]
+                lora_A, lora_B = lora_A[0], lora_B[0]
+            op = f"{_OP}: {target.name}"
+            _check.adapters(op, lora_A, lora_B, scaling, shape, target.weight.device)
         self._checked[group[0]] = now
 
     def write(self, sigma: float) -> None:
@@ -62,6 +71,8 @@ class Scales:
             )
         for target, scale in self._divided:
             scale.copy_(target.fisher.divide(target.name, scale))
+        for padding, scale in self._padded:
+            scale[padding] = 0.0
 
 
 def _scaled_alike(state: Any) -> tuple[Hashable, ...]:

@@ -47,19 +47,21 @@ def collect(
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     layers: dict[int, list[Site]] = {}
     skipped: dict[str, str] = {}
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(weight), []).append((module, name))
     _refuse_flat(op, model)
-    for name, module in named_modules(model):
+    numbers = tensor_numbers(model)
+    modules, parameters = list(named_modules(model)), list(named_parameters(model))
+    # Not listed once more: PEFT's MultiheadAttention makes new parameters whenever it is.
+    for name, module in modules:
+        for own, weight in module._parameters.items():
+            if weight is not None:
+                owners.setdefault(id(weight), []).append((module, own))
         site = site_of(module)
         if site is not None and site.weight is not None:
             layers.setdefault(id(site.weight), []).append(site)
-            if id(site.weight) not in owners and scope != "lora":
+            if not isinstance(site.weight, nn.Parameter) and scope != "lora":
                 skipped[name or type(module).__name__] = "its weight is not a parameter"
-    numbers = tensor_numbers(model)
     targets = []
-    for name, weight in named_parameters(model):
+    for name, weight in parameters:
         base, is_adapter = layers.get(id(weight), []), numbers[name] >= ADAPTERS
         merged = bool(base) and scope in ("merged", "all")
         chosen = (
@@ -77,11 +79,12 @@ def collect(
             continue
         require_whole(op, name, weight)
         reason = None if base else why_no_elements(weight)
+        reason = reason or next(filter(None, map(_why_written, owners[id(weight)])), None)
         if reason is not None:
             skipped[name] = reason
             continue
         own = "element" if scope == "all" and not merged else strategy
-        rows = rows_of(*owners[id(weight)][0], weight, own)
+        rows = rows_of(*owners[id(weight)][0], weight, own, merged)
         for site in base if merged else ():
             for part, adapter in site.adapters().items():
                 require_whole(op, f"{part} of {name}", adapter)
@@ -112,6 +115,14 @@ def why_no_elements(weight: Tensor) -> str | None:
         return None
     # bitsandbytes keeps quantised weights as integers of a kind of their own.
     return dtype if type(weight) is nn.Parameter else f"a {type(weight).__name__} of {dtype}"
+
+
+def _why_written(owner: tuple[nn.Module, str]) -> str | None:
+    """Why a window could not restore a parameter of this module."""
+    module, name = owner
+    if isinstance(module, nn.Embedding) and name == "weight" and module.max_norm is not None:
+        return "an embedding with max_norm, which writes its weight in every forward"
+    return None
 
 
 def _refuse_flat(op: str, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 import torch.distributed as dist
 from on_ranks import (
@@ -26,6 +27,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.nn import functional as F
 
 import flatkern
 
@@ -123,3 +125,44 @@ def ddp_sums_gradients_once_a_pass(_, rank, folder):
         for mine, other in zip(model.module.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(mine, other, **CLOSE, msg=name)
         assert len(calls) == expected, name
+
+
+class Stack(nn.Module):
+    """Experts [k, out, in], or [k, in, out] if they say so; every token through all of them."""
+
+    def __init__(self, experts=4, is_transposed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.is_transposed = is_transposed
+        self.weight = nn.Parameter(torch.randn(experts, IN, IN))
+
+    def forward(self, x):
+        weight = self.weight.mT if self.is_transposed else self.weight
+        return F.linear(x, weight.reshape(-1, IN))
+
+
+@check(ranks=(2,))
+def fsdp_stack(_, rank, folder):
+    """The noise is that of the whole stack, or refused."""
+    options = {"sigma": 0.3, "seed": 7, "scope": "origin"}
+    reference, model = Stack(), with_fsdp(nn.Sequential(Stack()))
+    x, _ = batch_of(0)
+    for restore in (None, "snapshot"):
+        alone = flatkern.WeightNoise(reference, restore=restore, **options)
+        with alone.window():
+            expected = reference.weight.detach().clone()
+            result = reference(x).detach()
+        noise = flatkern.WeightNoise(model, restore=restore, **options)
+        before = model[0].weight.to_local().clone()
+        with noise.window():
+            assert torch.equal(model[0].weight.full_tensor(), expected)
+            assert torch.equal(model(x).detach(), result)
+        assert torch.equal(model[0].weight.to_local(), before)
+    model = with_fsdp(nn.Sequential(Stack(experts=3)))
+    with pytest.raises(ValueError, match=r"0\.weight must be a stack that ranks share evenly"):
+        flatkern.WeightNoise(model, **options)
+    model = with_fsdp(nn.Sequential(Stack(is_transposed=True)))
+    with pytest.raises(ValueError, match=r"without a scale for each output where 0\.weight is"):
+        flatkern.WeightNoise(model, **options)
+    with flatkern.WeightNoise(model, strategy="gaussian", **options).window():
+        model(x)

@@ -207,6 +207,7 @@ def test_what_cannot_take_noise_is_named():
     model[2] = bnb.nn.Linear4bit(64, 64)
     model[3].weight = nn.Parameter(to_nf4(model[3].weight.data, 64, 64), requires_grad=False)
     model[4] = Unknown(64, 64)
+    model[4].weight = nn.Parameter(torch.empty(32, 64), requires_grad=False)
     model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     with pytest.warns(UserWarning, match="no noise on") as warned:
         noise = attach(model, SIGMA)

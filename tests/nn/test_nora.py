@@ -298,3 +298,46 @@ def test_awsvd_in_a_window_is_refused():
     model = adapted(torch.float32)
     with flatkern.WeightNoise(model).window(), pytest.raises(RuntimeError, match="window"):
         awsvd_init(model, [X])
+
+
+def test_the_singular_start_is_awsvd_without_data():
+    torch.manual_seed(0)
+    linear = nn.Linear(20, 14)
+    layer = NoRALinear.from_linear(linear, r=6, init_lora_weights="svd")
+    u, sizes, vh = torch.linalg.svd(linear.weight.detach().double())
+    torch.testing.assert_close(
+        (layer.lora_B @ layer.lora_A).double(), u[:, :6] * sizes[:6] @ vh[:6], rtol=1e-4, atol=1e-5
+    )
+    # Eckart and Young: what is left has the other singular values.
+    left = (linear.weight - layer.lora_B @ layer.lora_A).norm().double()
+    torch.testing.assert_close(left, sizes[6:].norm(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer(torch.eye(20)), linear(torch.eye(20)))
+    other = NoRALinear.from_linear(linear, r=6)
+    awsvd_init(other)
+    for name in OUTER:
+        tolerances.assert_same_bits(getattr(layer, name).detach(), getattr(other, name).detach())
+    with pytest.raises(ValueError, match=r"r must be at most 14 with init_lora_weights='svd'"):
+        NoRALinear(20, 14, r=15, init_lora_weights="svd")
+    with pytest.raises(ValueError, match=r"LoRALinear: init_lora_weights must be another than"):
+        LoRALinear(20, 14, init_lora_weights="svd")
+
+
+def test_a_token_of_enormous_length_does_not_decide_a_robust_diagonal():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(20, 14), torch.randn(30, 20)
+    loud = x.clone()
+    loud[7] *= 1e4
+    started = {}
+    for diagonal in ("l2", "direction"):
+        for name, batch in (("plain", x), ("loud", loud)):
+            layer = NoRALinear.from_linear(linear, r=6)
+            awsvd_init(layer, [batch], diagonal=diagonal)
+            started[diagonal, name] = (layer.lora_B @ layer.lora_A).detach()
+    assert (started["l2", "loud"] - started["l2", "plain"]).norm() > 0.1
+    torch.testing.assert_close(started["direction", "loud"], started["direction", "plain"])
+    d = (x / x.norm(dim=1, keepdim=True)).double().norm(dim=0)
+    u, sizes, vh = torch.linalg.svd(linear.weight.detach().double() * d)
+    expected = u[:, :6] * sizes[:6] @ vh[:6] / d
+    torch.testing.assert_close(
+        started["direction", "plain"].double(), expected, rtol=1e-4, atol=1e-5
+    )

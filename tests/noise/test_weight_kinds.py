@@ -19,6 +19,32 @@ class Weight(nn.Module):
         vars(self).update(attributes)
 
 
+class SilentExperts(Weight):
+    """As Llama 4's: [k, in, out] without a word."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 7, 10))
+        self.down_proj = nn.Parameter(torch.randn(3, 5, 7))
+
+    weight = property(lambda self: self.gate_up_proj)
+
+
+def of_transformers(name, *shape, **attributes):
+    """A module of transformers' that is known by its name."""
+    kind = type(name, (Weight,), {"__module__": "transformers.models.any"})
+    return kind(*shape, **attributes)
+
+
+def dbrx():
+    kind = type(of_transformers("DbrxExpertGLU", 1))
+    kind.weight = property(lambda self: self.w2)
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.w2, module.moe_num_experts = nn.Parameter(torch.randn(6, 5)), 2
+    return module
+
+
 def conv1d():
     return pytest.importorskip("transformers.pytorch_utils").Conv1D(5, 7)
 
@@ -30,6 +56,12 @@ KINDS = {
         lambda: Weight(3, 7, 5, is_transposed=True),
         lambda w: w.transpose(1, 2).reshape(15, 7),
     ),
+    "silent stack": (SilentExperts, lambda w: w.transpose(1, 2).reshape(30, 7)),
+    "codebooks": (
+        lambda: of_transformers("CsmCodebooksHead", 3, 7, 5),
+        lambda w: w.transpose(1, 2).reshape(15, 7),
+    ),
+    "DBRX's w2": (dbrx, lambda w: w.view(2, 3, 5).transpose(1, 2).reshape(10, 3)),
     "Conv1D": (conv1d, lambda w: w.t()),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda w: w.flatten(1)),
     "bilinear": (lambda: nn.Bilinear(4, 3, 6), lambda w: w.flatten(1)),
@@ -55,9 +87,9 @@ def test_a_row_is_an_output(kind, strategy):
     noise = flatkern.WeightNoise(model, 0.1, strategy=strategy, scope="trainable", fisher=fisher)
     squares = torch.ones(len(by_row(clean)))
     if fisher is not None:
-        squares = noise.row_squares("weight", clean)
+        squares = noise.row_squares(noise.names[0], clean)
         torch.testing.assert_close(squares, by_row(clean).square().sum(1))
-        fisher.observe({"weight": squares})
+        fisher.observe({noise.names[0]: squares})
     with unit.window():
         z = by_row(weight.detach() - clean)
     with noise.window():
@@ -67,6 +99,62 @@ def test_a_row_is_an_output(kind, strategy):
     c = c / (1 + 0.5 * squares).sqrt() if fisher is not None else c
     torch.testing.assert_close(e, c[:, None] * z, rtol=1e-5, atol=1e-7)
     tolerances.assert_same_bits(weight.detach(), clean)
+
+
+def test_the_layout_of_experts_is_told_by_their_shapes():
+    from flatkern.noise.rows import is_transposed
+
+    module = Weight(1)
+    for up, down, transposed in (
+        ((3, 10, 7), (3, 7, 5), False),
+        ((3, 7, 10), (3, 5, 7), True),
+        # As wide as it is long: down_proj alone tells.
+        ((3, 10, 10), (3, 10, 5), False),
+        ((3, 10, 10), (3, 5, 10), True),
+    ):
+        module.gate_up_proj = nn.Parameter(torch.empty(up))
+        module.down_proj = nn.Parameter(torch.empty(down))
+        for name in ("gate_up_proj", "down_proj"):
+            assert is_transposed(module, name) is transposed
+        assert not is_transposed(module, "weight")
+        module.is_transposed = not transposed
+        assert is_transposed(module, "down_proj") is not transposed
+        del module.is_transposed
+
+
+def test_a_row_for_padding_takes_no_noise():
+    model = nn.Embedding(5, 4, padding_idx=-2)
+    nn.init.normal_(model.weight)
+    clean = model.weight.detach().clone()
+    for strategy in ("gaussian", "element", "flat_lora"):
+        with flatkern.WeightNoise(model, 0.5, strategy=strategy, scope="trainable").window():
+            moved = (model.weight != clean).any(1)
+        assert moved.tolist() == [True, True, True, False, True]
+    tolerances.assert_same_bits(model.weight.detach(), clean)
+
+
+def test_an_embedding_that_writes_its_weight_is_named():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"no noise on 0\.weight \(an embedding with max_norm"):
+        noise = flatkern.WeightNoise(model, scope="trainable")
+    assert noise.names == ["1.weight", "1.bias"]
+    with noise.window():
+        model(torch.arange(5))
+
+
+def test_tied_weights():
+    """Virtual noise is for the layer that adds it; in place every reader sees it."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 8), "head": nn.Linear(8, 8, bias=False)})
+    model["embed"].weight = model["head"].weight
+    replace_linear(model, ["head"])
+    ids = torch.arange(8)
+    clean = model["embed"](ids)
+    for mode, seen in (("virtual", False), ("auto", False), ("inplace", True)):
+        with flatkern.WeightNoise(model, 0.3, mode=mode).window(micro_batches=8):
+            assert torch.equal(model["embed"](ids), clean) is not seen
+            assert not torch.equal(model["head"](torch.eye(8)).t(), clean)
+        assert torch.equal(model["embed"](ids), clean)
 
 
 def shared():

@@ -1,0 +1,214 @@
+"""Low-rank adapters on parameters of modules that are no nn.Linear: stacked experts, Conv1D."""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from flatkern.nn.factors import wide
+from flatkern.nn.layouts import is_stack, is_transposed, transposed_blocks
+from flatkern.nn.shown import can_wait, showing
+from flatkern.nn.sites import CLOSE_FIRST
+from flatkern.ops import _check
+
+# What experts call their argument that says which of them get a token.
+_ROUTES = ("top_k_index", "router_indices", "selected_experts")
+
+
+class LoRAParameter(nn.Module):
+    """W' = W + s B A of one frozen parameter, whatever its module computes with it.
+
+    A module inside the parameter's own, which forwards W' for the length of each call; autograd
+    keeps A and B, and makes W' again in backward. Inside a window of `flatkern.WeightNoise` W is
+    noisy in it.
+
+    Attributes:
+        lora_A, lora_B: [r, n] and [m, r] of a matrix with m outputs, [k, r, n] and [k, m, r] of a
+            stack of k; float32 over 16 bits, else of the weight's dtype.
+        scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        parameter_name: of the parameter in its module.
+        r, lora_alpha, use_rslora: as given.
+        quantized, merged, takes_shards: see `flatkern.nn.sites.Site`.
+    """
+
+    quantized = None
+    merged = False
+    takes_shards = False
+
+    def __init__(
+        self, holder: nn.Module, name: str, r: int, lora_alpha: float, use_rslora: bool
+    ) -> None:
+        """Adapters for `holder.name`, which passed `check_parameter`; A random, B zero."""
+        super().__init__()
+        # In a tuple, so that it is no submodule.
+        self._holder = (holder,)
+        self.parameter_name = name
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        weight = self.weight
+        *stack, m, n = self._sizes()
+        dtype = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+        like = {"device": weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty((*stack, r, n), **like))
+        self.lora_B = nn.Parameter(torch.zeros((*stack, m, r), **like))
+        for part in self.lora_A if stack else (self.lora_A,):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+        self._window: Any = None
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self._holder[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """W, as it lies."""
+        return self.holder._parameters[self.parameter_name]
+
+    def is_transposed(self) -> bool:
+        """Whether the matrix, or each of the stack, is [in, out]."""
+        own = self.holder, self.parameter_name
+        if is_stack(self.holder, self.weight):
+            return is_transposed(*own)
+        return bool(transposed_blocks(*own))
+
+    def _sizes(self) -> tuple[int, ...]:
+        """[m, n] or [k, m, n], outputs before inputs."""
+        shape = self.weight.shape
+        if not is_stack(self.holder, self.weight):
+            shape = shape[0], shape[1:].numel()
+        *stack, m, n = shape
+        return (*stack, n, m) if self.is_transposed() else (*stack, m, n)
+
+    def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A context in which the module's parameter is W', W as an open window shows it."""
+        window = self._window
+        noisy = window is not None and window.noisy
+        only = (
+            reached(self.holder, len(self.weight), args, kwargs)
+            if noisy and len(self._sizes()) > 2
+            else None
+        )
+        where = self.holder, self.parameter_name
+        return showing(window if noisy else None, *where, only=only, then=self._add)
+
+    def _add(self, weight: Tensor, part: slice) -> Tensor:
+        """W + s B A of a range of dim 0, rounded once to the weight's dtype."""
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.lora_A.dim() == 3:
+                delta = wide(self.lora_B[part]) @ wide(self.lora_A[part])
+                delta = delta.mT if self.is_transposed() else delta
+            elif self.is_transposed():
+                delta = (wide(self.lora_B) @ wide(self.lora_A)[:, part]).t()
+            else:
+                delta = wide(self.lora_B[part]) @ wide(self.lora_A)
+            return (weight + self.scaling * delta.reshape(weight.shape)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s B A of the clean W, in the weight's dtype and as it lies; a new tensor."""
+        clean = self.weight if self._window is None else self._window.clean_weight()
+        return self._add(clean, slice(0, len(clean)))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of W'."""
+        return self.lora_A, self.lora_B
+
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of W', as they are."""
+        return self.lora_A, self.lora_B, self.scaling
+
+    def row_factor(self) -> float:
+        """The gradient of W is that of W'."""
+        return 1.0
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """A and B by name."""
+        return dict(self._parameters)
+
+    def enter_window(self, window: Any) -> None:
+        """Belong to the window that is being opened."""
+        self.__dict__["_window"] = window
+
+    def require_closed(self, action: str) -> None:
+        """RuntimeError while a window of `WeightNoise` is open, paused or not."""
+        if self._window is not None:
+            raise RuntimeError(f"LoRAParameter: {action} inside a noise window; {CLOSE_FIRST}")
+
+    def extra_repr(self) -> str:
+        """The parameter and the options, for print(model)."""
+        sizes = ", ".join(map(str, self._sizes()))
+        return f"{self.parameter_name} [{sizes}], r={self.r}, lora_alpha={self.lora_alpha:g}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has no part in an open window."""
+        return self.__dict__ | {"_window": None}
+
+
+class _Forward:
+    """In place of a module's forward: its own, with W' in the place of adapted parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.adapted: list[LoRAParameter] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self.adapted, args, kwargs)
+
+    def _call(
+        self, adapted: list[LoRAParameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not adapted:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        with adapted[0].shown(args, kwargs):
+            return self._call(adapted[1:], args, kwargs)
+
+
+def check_parameter(op: str, full: str, holder: nn.Module, name: str) -> None:
+    """TypeError or ValueError unless a `LoRAParameter` can adapt `holder.name`."""
+    weight = holder._parameters[name]
+    what = f"{op}: target_parameters must be floating matrices, filters or stacks that a module "
+    what += f"reads in its own forward, got {full}"
+    if weight.dim() < 2 or weight.dtype not in _check.FLOAT_DTYPES:
+        raise ValueError(f"{what} {list(weight.shape)} of {weight.dtype}")
+    if isinstance(holder, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{what}, which nn.MultiheadAttention reads; PEFT's layer takes both of its"
+        )
+    if "forward" in holder.__dict__:
+        raise TypeError(f"{what} of a {type(holder).__name__} with a forward on the instance")
+    if isinstance(holder, _ConvTransposeNd) or transposed_blocks(holder, name) > 1:
+        raise TypeError(f"{what} of a {type(holder).__name__}")
+    if hasattr(weight, "device_mesh"):
+        raise TypeError(f"{what}, which is sharded")
+    if isinstance(holder, nn.Embedding) and holder.max_norm is not None:
+        raise ValueError(f"{what}, which max_norm writes in every forward")
+
+
+def adapt(adapter: LoRAParameter) -> LoRAParameter:
+    """Put it into its module, and freeze the parameter."""
+    holder, name = adapter.holder, adapter.parameter_name
+    adapter.train(holder.training)
+    holder.add_module(f"{name}_lora", adapter)
+    if not isinstance(holder.__dict__.get("forward"), _Forward):
+        holder.forward = _Forward(holder)
+    holder.forward.adapted.append(adapter)
+    holder._parameters[name].requires_grad_(False)
+    return adapter
+
+
+def reached(
+    module: nn.Module, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[int] | None:
+    """Which of `count` experts get a token, if the module's forward is told; else None."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    route = next((given[name] for name in _ROUTES if name in given), None)
+    if not isinstance(route, Tensor) or route.is_floating_point() or not can_wait(route):
+        return None
+    # Expert parallelism has an index past the last for experts elsewhere.
+    return [index for index in route.unique().tolist() if index < count]

@@ -1,0 +1,253 @@
+"""LoRAParameter: PEFT's layer on the same values, files both ways, dense noise, refusals."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="peft is not installed")
+
+import layer_kinds
+from layer_kinds import KINDS, Around, inputs
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import bits, same_bits
+from torch import nn
+
+import flatkern
+from flatkern.integrations.peft import attach
+from flatkern.nn import LoRALinear, LoRAParameter, load_adapter, replace_linear, save_adapter
+
+SIGMA = 0.3
+MODES = ("virtual", "inplace")
+OWN = [kind for kind in KINDS if kind != "attention"]
+# Those that PEFT takes as parameters: matrices and stacks.
+SHARED = ["Conv1D", "table", "experts", "transposed experts", "silent experts"]
+
+
+def own_model(kind, dtype=torch.float32):
+    """Adapters off their starts; the plain model."""
+    torch.manual_seed(0)
+    make, names, _, _ = KINDS[kind]
+    base = Around(make()).to(dtype)
+    plain = copy.deepcopy(base)
+    replace_linear(base, [], r=2, lora_alpha=3, target_parameters=[f"layer.{n}" for n in names])
+    with torch.no_grad():
+        for name, value in base.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.3)
+    return base, plain
+
+
+def adapters(model):
+    return {m.parameter_name: m for m in model.modules() if isinstance(m, LoRAParameter)}
+
+
+def run(model, x):
+    result = model(*x)
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)
+    (result * weights).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return result.detach(), gradients
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", OWN)
+def test_a_window_shows_dense_noise_of_the_merged_weight(kind, mode, monkeypatch):
+    model, plain = own_model(kind)
+    twin, _ = own_model(kind)
+    by_row = KINDS[kind][3]
+
+    def deltas(kind, model):
+        """s B A from the definition: outputs before inputs, then as the weight lies."""
+        found = {}
+        for name, adapter in adapters(model).items():
+            rows = (adapter.lora_B.double() @ adapter.lora_A.double()) * 1.5
+            rows = rows.reshape(-1, rows.shape[-1])
+            found[name] = layer_kinds.by_row_back(rows, adapter.weight, by_row)
+        return found
+
+    monkeypatch.setattr(layer_kinds, "deltas", deltas)
+    expected = layer_kinds.dense(kind, twin, plain, SIGMA, (3, 0, 0))
+    weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+    (expected * weights).sum().backward()
+    expected_gradients = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    before = bits(model)
+    noise = flatkern.WeightNoise(model, SIGMA, seed=3, mode=mode)
+    with noise.window():
+        result, gradients = run(model, inputs(kind))
+    torch.testing.assert_close(result.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        if kind == "embedding" and name.endswith("lora_B"):
+            # The padding token's is dropped, as in the table itself.
+            expected_gradients[name][0] = 0
+        if kind == "embedding" and name.endswith("lora_A"):
+            continue
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-3)
+    assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", OWN)
+def test_modes_agree_and_no_noise_is_the_layer(kind, dtype):
+    model, plain = own_model(kind, dtype)
+    x = inputs(kind, dtype)
+    clean = run(model, x)
+    merged = {f"layer.{n}": a.merged_weight() for n, a in adapters(model).items()}
+    assert torch.equal(torch.func.functional_call(plain, merged, tuple(x)), clean[0])
+    found = {}
+    for mode in MODES:
+        with flatkern.WeightNoise(model, SIGMA, mode=mode).window():
+            found[mode] = run(model, x)
+            assert torch.equal(
+                adapters(model)[KINDS[kind][1][0]].merged_weight(),
+                merged[f"layer.{KINDS[kind][1][0]}"],
+            )
+        with flatkern.WeightNoise(model, 0.0, mode=mode).window():
+            silent = run(model, x)
+        assert torch.equal(silent[0], clean[0])
+        assert same_bits(silent[1], clean[1])
+    assert not torch.equal(found["virtual"][0], clean[0])
+    assert torch.equal(found["virtual"][0], found["inplace"][0])
+    assert same_bits(found["virtual"][1], found["inplace"][1])
+
+
+def peft_model(kind):
+    torch.manual_seed(0)
+    make, names, _, _ = KINDS[kind]
+    config = LoraConfig(
+        r=2, lora_alpha=3, target_modules=[], target_parameters=[f"layer.{n}" for n in names]
+    )
+    model = get_peft_model(Around(make()), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_files_and_windows_are_those_of_peft(kind, tmp_path):
+    model = peft_model(kind)
+    x = inputs(kind)
+    model.save_pretrained(tmp_path / "theirs")
+    torch.manual_seed(0)
+    own = Around(KINDS[kind][0]())
+    names = load_adapter(own, tmp_path / "theirs")
+    assert names == [f"layer.{name}" for name in KINDS[kind][1]]
+    # First: PEFT's own forward leaves the parameters in another order, and so renumbered.
+    noise = attach(model, SIGMA)
+    clean = model(*x)
+    torch.testing.assert_close(own(*x), clean, rtol=1e-5, atol=1e-5)
+    with noise.window(), flatkern.WeightNoise(own, SIGMA).window():
+        noisy = model(*x)
+        torch.testing.assert_close(own(*x), noisy, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(noisy, clean)
+    # Into layers that are there, and into PEFT's.
+    save_adapter(own, tmp_path / "own")
+    with torch.no_grad():
+        for adapter in adapters(own).values():
+            adapter.lora_B.zero_()
+    load_adapter(own, tmp_path / "own")
+    torch.testing.assert_close(own(*x), clean, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Around(KINDS[kind][0]()), tmp_path / "own")
+    torch.testing.assert_close(again(*x), clean, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == sorted(names)
+
+
+def test_beside_linear_layers(tmp_path):
+    """One call for both, saved in one file; a method steps on it, and a copy is its own."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.experts = nn.Linear(8, 8), layer_kinds.Experts()
+
+        def forward(self, x, routes):
+            return self.experts(self.first(x), routes)
+
+    model = Both()
+    stacks = ["gate_up_proj", "down_proj"]
+    names = replace_linear(model, ["first"], r=2, target_parameters=stacks)
+    assert names == ["first", "experts.gate_up_proj", "experts.down_proj"]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in trained)
+    assert len(trained) == 6
+    before, x = bits(model), inputs("experts")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    method = flatkern.methods.FlatLoRA(model, optimizer, sigma=SIGMA)
+    for _ in range(2):
+        method.step(lambda batch: model(*batch).square().mean(), [x])
+    after = bits(model)
+    for name in after:
+        assert torch.equal(after[name], before[name]) is ("lora_" not in name), name
+    save_adapter(model, tmp_path)
+    other = Both()
+    assert load_adapter(other, tmp_path) == names
+    torch.testing.assert_close(other(*x), model(*x))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(*x), model(*x))
+    with torch.no_grad():
+        adapters(twin)["down_proj"].lora_B.add_(1)
+    assert not torch.equal(twin(*x), model(*x))
+    other = Both()
+    replace_linear(other, ["first"], r=2, target_parameters=stacks)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(*x), model(*x))
+
+
+def test_what_is_kept_for_backward():
+    model, _ = own_model("experts")
+    x, routes = inputs("experts")
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x.requires_grad_(), routes)
+    assert max(sizes) < min(a.weight.numel() for a in adapters(model).values())
+
+
+def test_refusals():
+    def refused(error, match, module, names, **options):
+        model = nn.Sequential(module)
+        before = bits(model)
+        with pytest.raises(error, match=match):
+            replace_linear(model, [], target_parameters=names, **options)
+        assert same_bits(bits(model), before)
+        assert not adapters(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+    linear = nn.Linear(4, 4)
+    refused(ValueError, "names of parameters of the model, got 'wight'", linear, ["wight"])
+    refused(ValueError, r"got 0\.bias \[4\]", linear, ["bias"])
+    refused(ValueError, "lora_dropout must be 0", linear, ["weight"], lora_dropout=0.1)
+    refused(TypeError, "ConvTranspose1d", nn.ConvTranspose1d(4, 4, 3), ["weight"])
+    refused(TypeError, "MultiheadAttention reads", nn.MultiheadAttention(4, 2), ["out_proj.weight"])
+    refused(ValueError, "max_norm", nn.Embedding(4, 4, max_norm=1.0), ["weight"])
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"other modules than .*, got 0\.weight"):
+        replace_linear(model, ["0"], target_parameters=["0.weight"])
+    replace_linear(model, [], target_parameters=["1.weight"])
+    with pytest.raises(ValueError, match=r"no adapters yet, got 1\.weight"):
+        replace_linear(model, [], target_parameters=["1.weight"])
+    with pytest.raises(ValueError, match=r"filters 1\.weight, for which the format"):
+        save_adapter(model, "nowhere")
+    assert not isinstance(model[0], LoRALinear)
+
+
+def test_a_stack_without_adapters_is_still_named():
+    with pytest.warns(UserWarning, match="no adapters on stacked weights"):
+        replace_linear(nn.Sequential(nn.Linear(2, 2), layer_kinds.Experts()), ["0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stacks = ["gate_up_proj", "down_proj"]
+        replace_linear(nn.Sequential(layer_kinds.Experts()), [], target_parameters=stacks)
