@@ -25,8 +25,8 @@ def collect(
     model: nn.Module,
     scope: str,
     strategy: str,
-    restore: str | None,
-    fisher: Fisher | None,
+    restore: str | None = None,
+    fisher: Fisher | None = None,
 ) -> tuple[list[Target], dict[str, str]]:
     """The weights in scope, each tensor once, in the model's order; and why others are left out.
 

@@ -33,7 +33,7 @@ inline std::vector<float> noise_of(const flatkern::cuda::Block& w, int sm_count)
   return {z, z + w.rows * w.cols};
 }
 
-inline std::vector<float> uniform_of(const flatkern::cuda::Window& w, int sm_count) {
+inline std::vector<float> uniform_of(const flatkern::cuda::Block& w, int sm_count) {
   check::Guarded out(w.rows * w.cols * 4);
   launched([&] { flatkern::cuda::launch_uniform({w, out.data()}, sm_count, kStream); }, 1);
   const float* u = reinterpret_cast<const float*>(out.data());
