@@ -20,6 +20,8 @@ from flatkern.nn.shown import can_wait, gathered, shadowing, showing
 class Conv1DSite(ShownSite):
     """transformers' Conv1D, whose weight is [in, out]."""
 
+    linear = True
+
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
         """As for others; DoRA is one that can."""

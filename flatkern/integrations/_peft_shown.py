@@ -14,6 +14,7 @@ class ShownSite(PeftSite):
     """A layer whose base forward runs as it is, on a weight that is noisy for the call."""
 
     takes_shards = False
+    linear = False
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:

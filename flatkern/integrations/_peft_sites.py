@@ -60,6 +60,7 @@ class PeftSite(Bystander):
 
     # Of `holder`.
     parameter = "weight"
+    linear = True
 
     def __init__(self, layer: nn.Module) -> None:
         """A layer that `why_not` accepts."""

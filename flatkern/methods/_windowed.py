@@ -75,14 +75,14 @@ class Windowed(Method):
         layers: dict[int, list[nn.Module]] = {}
         for module in self.model.modules():
             site = site_of(module)
-            if site is not None and site.weight is not None:
+            if site is not None and site.weight is not None and site.linear:
                 layers.setdefault(id(site.weight), []).append(module)
         frozen = {name: w for name, w in self._weights().items() if not w.requires_grad}
         unknown = [name for name, weight in frozen.items() if id(weight) not in layers]
         if unknown:
             raise ValueError(
                 f"{type(self).__name__}: scope must leave out frozen weights outside LoRALinear "
-                "and attached layers under strategy 'fisher', which has no gradient to estimate "
+                "and attached linear layers under strategy 'fisher', which has no gradient to estimate "
                 f"their F from, got {unknown[:8]}"
             )
         return {name: layers[id(weight)] for name, weight in frozen.items()}

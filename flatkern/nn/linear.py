@@ -85,10 +85,11 @@ class LoRALinear(nn.Module):
         lora_dropout: the dropout module in front of A.
         offset_A, offset_B: buffers, A0 and B0 if `weight` is W - s B0 A0, else None.
         merged: whether `weight` holds W + s B A at the moment.
-        quantized: None, see `flatkern.nn.sites.Site`.
+        quantized, linear: None and True, see `flatkern.nn.sites.Site`.
     """
 
     quantized = None
+    linear = True
 
     def __init__(
         self,

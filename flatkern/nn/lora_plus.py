@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from flatkern.nn.linear import LoRALinear
+from flatkern.nn.parameters import LoRAParameter
 from flatkern.ops import _check
 
 _OP = "lora_plus_groups"
@@ -37,7 +38,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
     second = {
         id(value)
         for layer in model.modules()
-        if isinstance(layer, LoRALinear)
+        if isinstance(layer, LoRALinear | LoRAParameter)
         for name, value in layer.adapters().items()
         if name.endswith("_B")
     }

@@ -32,12 +32,13 @@ class LoRAParameter(nn.Module):
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         parameter_name: of the parameter in its module.
         r, lora_alpha, use_rslora: as given.
-        quantized, merged, takes_shards: see `flatkern.nn.sites.Site`.
+        quantized, merged, takes_shards, linear: see `flatkern.nn.sites.Site`.
     """
 
     quantized = None
     merged = False
     takes_shards = False
+    linear = False
 
     def __init__(
         self, holder: nn.Module, name: str, r: int, lora_alpha: float, use_rslora: bool

@@ -60,12 +60,17 @@ def showing(
 @contextlib.contextmanager
 def shadowing(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """`module.name` is `value`; its parameters and state_dict stay what they are."""
-    # An attribute of the instance comes before nn.Module.__getattr__, which finds parameters.
+    # An attribute of the instance comes before nn.Module.__getattr__, which finds parameters. One
+    # that is there already is that of a call around this one.
+    outer = module.__dict__.get(name)
     module.__dict__[name] = value
     try:
         yield
     finally:
-        module.__dict__.pop(name, None)
+        if outer is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = outer
 
 
 def can_wait(tensor: Tensor) -> bool:

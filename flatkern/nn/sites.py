@@ -42,6 +42,7 @@ class Site(Protocol):
         scaling: s of W' = W + s B A.
         merged: whether `weight` holds W' at the moment.
         takes_shards: whether a window can show `weight` where it is a DTensor.
+        linear: whether the layer's output is x W'^T + b.
         _window: the weight's `noise.state.State` while a window is open, or None.
     """
 
@@ -50,6 +51,7 @@ class Site(Protocol):
     scaling: float
     merged: bool
     takes_shards: bool
+    linear: bool
     _window: Any
 
     def factors(self) -> tuple[Tensor, Tensor]:

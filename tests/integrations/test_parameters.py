@@ -202,6 +202,17 @@ def test_beside_linear_layers(tmp_path):
     assert torch.equal(other(*x), model(*x))
 
 
+def test_methods_that_need_a_linear_layer_say_so():
+    model, _ = own_model("experts")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    with pytest.raises(ValueError, match=r"frozen weights outside .* linear layers"):
+        flatkern.methods.ARWP(model, optimizer, strategy="fisher", scope="merged")
+    groups = flatkern.nn.lora_plus_groups(model, lr=0.1, ratio=4)
+    assert [group["lr"] for group in groups] == [0.1, 0.4]
+    assert [len(group["params"]) for group in groups] == [2, 2]
+
+
 def test_what_is_kept_for_backward():
     model, _ = own_model("experts")
     x, routes = inputs("experts")
