@@ -82,8 +82,8 @@ class Windowed(Method):
         if unknown:
             raise ValueError(
                 f"{type(self).__name__}: scope must leave out frozen weights outside LoRALinear "
-                "and attached linear layers under strategy 'fisher', which has no gradient to estimate "
-                f"their F from, got {unknown[:8]}"
+                "and attached linear layers under strategy 'fisher', which has no gradient to "
+                f"estimate their F from, got {unknown[:8]}"
             )
         return {name: layers[id(weight)] for name, weight in frozen.items()}
 
