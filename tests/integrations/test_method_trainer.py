@@ -222,12 +222,13 @@ def test_an_exception_between_the_passes_leaves_the_weights_as_they_were(tmp_pat
         (partial(methods.SAM, schedule="linear_ramp"), TypeError, "number of optimizer steps"),
         (partial(methods.SAM, rh0=0.1), TypeError, "rh0"),
     ],
-    ids=str,
+    ids=("rho", "strategy", "delta", "population", "schedule", "keyword"),
 )
-def test_options_are_checked_when_the_trainer_is_made(tmp_path, method, error, text):
+def test_options_are_checked_when_the_trainer_is_made(method, error, text):
+    model = llama()
     state = torch.get_rng_state()
     with pytest.raises(error, match=text):
-        MethodTrainer(model=torch.nn.Linear(1, 1), method=method)
+        MethodTrainer(model=model, method=method)
     assert torch.equal(torch.get_rng_state(), state)
 
 
