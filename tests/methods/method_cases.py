@@ -86,7 +86,7 @@ CASES = [
     Case(methods.EntropySGD, {"inner_steps": 3, "inner_lr": 0.02}),
     Case(methods.LoRAPro),
     Case(methods.ES, {"sigma": 0.01, "population": 4}, backward=False),
-    Case(methods.ES, {"population": 4, "fitness": "zscore", "sigma": 0.05}, backward=False),
+    Case(methods.ES, {"population": 2, "fitness": "zscore", "sigma": 0.05}, backward=False),
 ]
 
 
