@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.landscape._weights import Shift, Weight, find_weights
-from flatkern.nn import shards
 from flatkern.ops import _check
 
 NORMALIZATIONS = ("filter", "global")
@@ -144,8 +143,3 @@ def check_draws(op: str, draws: Sequence[int]) -> tuple[int, int]:
     if not fine or draws[0] == draws[1]:
         _check.refuse(op, "draws", "two different ints in [0, 2**32)", draws)
     return draws
-
-
-def is_sharded(weights: list[Weight]) -> bool:
-    """Whether several ranks hold a weight together."""
-    return any(shards.is_sharded(weight.held) for weight in weights)
