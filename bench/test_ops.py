@@ -20,7 +20,7 @@ WARMUP = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROVIDERS = ("flatkern", "published", "eager", "compiled", "copy")
 OPS = ("noise", "row_norm", "perturb", "restore", "perturb_merged", "perturb_exact")
-OPS += ("restore_exact", "window", "noisy_linear")
+OPS += ("restore_exact", "window", "noisy_linear", "perturb_plane")
 # Rounds by shape, and what a shape leaves out so that all of it takes some ten minutes.
 SHAPES = {(4096, 4096): 5, (1024, 1024): 5, (4096, 4095): 3, (11008, 4096): 3, (32000, 4096): 2}
 LEFT_OUT = {
@@ -48,6 +48,9 @@ class Case:
         merged = self.weight.double() + SCALING * (self.lora_B.double() @ self.lora_A.double())
         self.exact_norm = merged.norm(dim=1)
         self.row_scale = (self.exact_norm * (SIGMA / math.sqrt(cols))).float()
+        # Two noises that together are as large as the one of `perturb`.
+        self.plane_scales = torch.stack([0.6 * self.row_scale, 0.8 * self.row_scale])
+        self.plane_keys = torch.stack([self.key, self.key + 1])
         self.out = torch.empty_like(self.weight)
         self.residual, self.is_open = ops.new_residual(self.weight), False
         self.adapters = (self.lora_A, self.lora_B, SCALING)
@@ -101,6 +104,12 @@ class Case:
 
     def perturb_merged_flatkern(self):
         ops.perturb_merged_(self.weight, *self.adapters, SIGMA, self.key)
+
+    def perturb_plane_flatkern(self):
+        ops.perturb_plane(self.weight, self.plane_scales, self.plane_keys, out=self.weight)
+
+    def perturb_plane_eager(self):
+        baselines.eager_perturb_plane_(self.weight, *self.plane_scales)
 
     perturb_merged_published = perturb_published
 

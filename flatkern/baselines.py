@@ -59,6 +59,13 @@ def eager_perturb_(weight: Tensor, row_scale: Tensor) -> None:
     weight.add_(noise.mul_(row_scale.to(weight.dtype)[:, None]))
 
 
+def eager_perturb_plane_(weight: Tensor, first: Tensor, second: Tensor) -> None:
+    """Two noises, each with a scale for every row: two temporaries in the weight's dtype."""
+    noise = torch.randn_like(weight).mul_(first.to(weight.dtype)[:, None])
+    other = torch.randn_like(weight).mul_(second.to(weight.dtype)[:, None])
+    weight.add_(noise.add_(other))
+
+
 def eager_perturb_merged_(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sigma: float
 ) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.landscape._weights import Shift, Weight, find_weights
-from flatkern.nn import shards
 from flatkern.ops import _check
 
 NORMALIZATIONS = ("filter", "global")
@@ -44,6 +43,7 @@ class Plane:
             normalize: "filter": every row of V1 and V2 is as long as the row of W' (of W where
                 there is no adapter), and orthogonal to it in the other by Gram-Schmidt row by row;
                 weights of one dimension keep still, and so does a row of one element along V2.
+                Where there are no others in scope, a weight of one dimension is one row.
                 "global": V ||W|| / ||V|| over all weights in scope, orthogonal as a whole.
             scope: as in `flatkern.WeightNoise`; None: "merged" where the model has layers for it,
                 else "full".
@@ -57,12 +57,8 @@ class Plane:
         draws = check_draws(op, draws)
         weights = find_weights(op, model, scope)
         self.seed, self.draws, self.normalize, self.scope = seed, draws, normalize, scope
-        chosen = [w for w in weights if normalize == "global" or len(w.shape) > 1]
-        if not chosen:
-            raise ValueError(
-                f"{op}: normalize='filter' moves weights of two dimensions or more, got a model "
-                "with none in scope; take 'global'"
-            )
+        matrices = [weight for weight in weights if len(weight.shape) > 1]
+        chosen = weights if normalize == "global" or not matrices else matrices
         norms = [weight.norms() for weight in chosen]
         products = [w.products([w.key(seed, draw) for draw in draws]) for w in chosen]
         if normalize == "global":
@@ -72,6 +68,11 @@ class Plane:
             length = sum(norm.square().sum().to(device) for norm in norms).sqrt()
             rows = _coefficients(length.view(1), total)
             found = [rows.to(n.device).expand(3, len(n)) for n in norms]
+        elif not matrices:
+            found = [
+                _coefficients(n.norm().view(1), p.sum(1, keepdim=True)).expand(3, len(n))
+                for n, p in zip(norms, products, strict=True)
+            ]
         else:
             found = [_coefficients(n, p) for n, p in zip(norms, products, strict=True)]
         self._rows = {w.name: rows for w, rows in zip(chosen, found, strict=True)}
@@ -144,8 +145,3 @@ def check_draws(op: str, draws: Sequence[int]) -> tuple[int, int]:
     if not fine or draws[0] == draws[1]:
         _check.refuse(op, "draws", "two different ints in [0, 2**32)", draws)
     return draws
-
-
-def is_sharded(weights: list[Weight]) -> bool:
-    """Whether several ranks hold a weight together."""
-    return any(shards.is_sharded(weight.held) for weight in weights)

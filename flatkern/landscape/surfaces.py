@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from flatkern.landscape._evaluate import Evaluation, LossFn
 from flatkern.landscape._progress import progress_of
+from flatkern.landscape._ranks import Ranks
 from flatkern.landscape._weights import find_weights
-from flatkern.landscape.directions import Plane, check_draws, is_sharded
+from flatkern.landscape.directions import Plane, check_draws
 from flatkern.noise import NoiseKey
 from flatkern.ops import _check
 
@@ -181,7 +182,8 @@ def surface_2d(
         plane: directions from elsewhere in place of `seed`, `draws`, `normalize` and `scope`: of
             another adapter of this model, with the lengths of that one.
         save: a JSON file for the partial result, written every ten seconds and at any end, Ctrl-C
-            included; where it exists, the run goes on from there. Not for sharded weights.
+            included; where it exists, the run goes on from there. Where ranks share weights the
+            first writes it, and all must be able to read it.
         progress: show a bar (needs tqdm).
 
     Raises:
@@ -234,8 +236,7 @@ class _Grid:
         weights = find_weights(self._op, model, plane.scope)
         plane.check(self._op, weights)
         weights = [weight for weight in weights if weight.name in plane.names]
-        if self._save is not None and is_sharded(weights):
-            _check.refuse(self._op, "save", "None where weights are sharded", self._save)
+        self._ranks = Ranks(weights)
         with Evaluation(self._op, model, loss_fn, weights) as at:
             surface = self._begin(at, plane)
             todo = (~surface.done).nonzero().tolist()
@@ -268,7 +269,11 @@ class _Grid:
             done=torch.zeros(self._shape, dtype=torch.bool),
             in_place=tuple(at.in_place),
         )
-        if self._save is None or not Path(self._save).exists():
+        with self._ranks.agreed(self._op):
+            return fresh if self._save is None else self._left_over(fresh)
+
+    def _left_over(self, fresh: Surface) -> Surface:
+        if not Path(self._save).exists():
             return fresh
         found = Surface.load(self._save)
         for name in ("seed", "draws", "normalize", "scope", "radius", "plain"):
@@ -286,10 +291,13 @@ class _Grid:
     @contextlib.contextmanager
     def _saved(self, surface: Surface) -> Iterator[Any]:
         """Yields what writes the surface now and then; it is written at any end."""
-        if self._save is None:
+        with self._ranks.agreed(self._op):
+            # A path that cannot be written shows before the work.
+            if self._save is not None and self._ranks.first:
+                surface.save(self._save)
+        if self._save is None or not self._ranks.first:
             yield lambda: None
             return
-        surface.save(self._save)  # a path that cannot be written shows before the work
         last = time.monotonic()
 
         def save() -> None:

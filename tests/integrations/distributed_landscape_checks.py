@@ -83,5 +83,37 @@ def landscape_refusals(cut, rank, folder):
         landscape.worst_flatness(model, loss, draws=1)
     sampled = landscape.worst_flatness(model, loss, draws=1, ascent_steps=0)
     assert sampled.ascent is None
-    with pytest.raises(ValueError, match="save must be None"):
-        landscape.surface_1d(model, loss, points=3, save=folder / "surface.json")
+    # Where one rank cannot go on, none waits for it.
+    path = folder / f"{cut}-nowhere" / "surface.json" if rank == 0 else folder / f"{cut}.json"
+    with pytest.raises(OSError if rank == 0 else RuntimeError):
+        landscape.surface_1d(model, loss, points=3, save=path)
+
+
+class Stopped(BaseException):
+    """As Ctrl-C."""
+
+
+@check("fsdp", ranks=(2,))
+def landscape_goes_on_where_it_stopped(cut, rank, folder):
+    model = CUTS[cut](make_model())
+    loss, calls = loss_of(model), []
+
+    def stopping():
+        calls.append(None)
+        if len(calls) == 6:
+            raise Stopped
+        return loss()
+
+    path = folder / "resumed.json"
+    with pytest.raises(Stopped):
+        landscape.surface_2d(model, stopping, points=3, save=path)
+    whole = landscape.surface_2d(model, loss, points=3)
+    torch.distributed.barrier()
+    assert int(landscape.Surface.load(path).done.sum()) == 3
+    found = landscape.surface_2d(model, stopping, points=3, save=path)
+    assert len(calls) == 6 + 2 + 5  # the centre is the plain loss
+    assert torch.equal(found.loss, whole.loss)
+    torch.distributed.barrier()
+    assert torch.equal(landscape.Surface.load(path).loss, whole.loss)
+    with pytest.raises(ValueError, match="where seed is 0, not 1"):
+        landscape.surface_2d(model, loss, points=3, seed=1, save=path)

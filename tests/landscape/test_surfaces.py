@@ -247,13 +247,24 @@ def test_bad_input(options, kind, message):
         landscape.surface_2d(model, loss, **{"points": 3} | options)
 
 
-def test_a_plane_of_another_model_and_one_without_matrices():
+def test_a_plane_of_another_model():
     model, loss = made("mlp")
     plane = landscape.Plane(nn.Sequential(nn.Linear(6, 9)))
     with pytest.raises(ValueError, match=r"plane must be .* 9 rows of 0\.weight"):
         landscape.surface_2d(model, loss, points=3, plane=plane)
-    with pytest.raises(ValueError, match="take 'global'"):
-        landscape.Plane(nn.LayerNorm(4))
+
+
+def test_where_there_are_only_vectors_each_is_a_row():
+    model = nn.LayerNorm(40)
+    nn.init.normal_(model.bias)
+    plane = landscape.Plane(model)
+    assert plane.names == ["weight", "bias"]
+    for name in plane.names:
+        first, second = (plane.direction(model, name, axis).double() for axis in (0, 1))
+        length = model.get_parameter(name).double().norm()
+        for direction in (first, second):
+            torch.testing.assert_close(direction.norm(), length, rtol=1e-6, atol=0)
+        assert abs(first @ second) < 1e-6 * length**2
 
 
 def test_a_bar_needs_tqdm(monkeypatch, capsys):
