@@ -44,7 +44,7 @@ def run_page(page, folder, monkeypatch):
 def test_every_block_is_run():
     # graphs: tests/noise/test_window_compile.py and tests/test_gpu.py.
     run_here = {"accelerate", "adapters", "distributed", "lightning", "peft", "quantized"}
-    run_here |= {"graphs", "quickstart", "trainer"}
+    run_here |= {"graphs", "layers", "quickstart", "trainer"}
     run_here |= {"landscape"}  # test_landscape_docs.py
     pages = {path.stem for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()}
     assert pages == run_here
@@ -54,6 +54,14 @@ def test_the_quickstart(tmp_path, monkeypatch):
     names = run_page("quickstart", tmp_path, monkeypatch)
     assert names["noise"].step == names["steps"] + 1
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_on_layers(tmp_path, monkeypatch):
+    names = run_page("layers", tmp_path, monkeypatch)
+    assert len(names["noise"].names) == 4
+    experts = [p for n, p in names["model"].named_parameters() if "lora_" in n and "gate_up" in n]
+    assert experts
+    assert any(p.grad.any() for p in experts)
 
 
 def test_the_page_on_adapters(tmp_path, monkeypatch):
