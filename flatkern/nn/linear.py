@@ -209,10 +209,8 @@ class LoRALinear(nn.Module):
 
     def _init_adapters(self, init_lora_weights: bool | str) -> None:
         if init_lora_weights == "svd":
-            raise ValueError(
-                f"{type(self).__name__}: init_lora_weights must be another than 'svd', which is "
-                "NoRALinear's; 'pissa' moves the singular values into A and B"
-            )
+            accepted = "another than NoRALinear's, such as 'pissa'"
+            _check.refuse(type(self).__name__, "init_lora_weights", accepted, "svd")
         if init_lora_weights == "pissa":
             start = pissa_factors(self.weight, self.r, self.scaling)
             self.rebase(*start, self.offset_weight(*start))

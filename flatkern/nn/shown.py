@@ -35,7 +35,7 @@ def showing(
     window raises, as one through `flatkern.ops.noisy_linear` does.
 
     Args:
-        window: the `Target` of the open window; None: no noise.
+        window: the `State` of the weight in the open window; None: no noise.
         module, name: the parameter, not sharded; its dim 0 is that of the noise's matrix.
         only: the indices of dim 0 that the call reads, in order; the others are zeros and cost
             nothing. None: all.

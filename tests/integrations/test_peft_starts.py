@@ -57,7 +57,7 @@ def corda(method, monkeypatch):
 
 
 def eva(monkeypatch):
-    model = get_peft_model(Two(), config("eva", eva_config=peft.EvaConfig(rho=1.0, tau=1.0)))
+    model = get_peft_model(Two(), config("eva", eva_config=peft.EvaConfig(rho=1.0)))
     peft.initialize_lora_eva_weights(
         model,
         [batch()] * 3,
