@@ -104,14 +104,22 @@ class Weight:
         """c of every row at sigma = 1, float32; collective where the weight is sharded."""
         out = torch.empty(self.count, dtype=torch.float32, device=self.device)
         STRATEGIES[strategy]([out], *self._operands(), 1.0)
-        return out
+        return self.without_padding(out)
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """Values [..., rows], with 0 for the row that takes no noise; in place."""
+        if self.rows.padding is not None:
+            rows[..., self.rows.padding] = 0
+        return rows
 
     def norms(self, merged: bool = True) -> Tensor:
         """||W_i|| of every row, float64; of W' where the scale is, if `merged`."""
         weights, *adapters = self._operands()
         if not merged:
             adapters = [None, None, [1.0]]
-        return shards.row_norms(weights, *adapters)[0].double()
+        out = torch.empty(self.count, dtype=torch.float32, device=self.device)
+        shards.row_norms_([out], weights, *adapters, [1.0])
+        return self.without_padding(out).double()
 
     def products(self, keys: list[Tensor]) -> Tensor:
         """<z, z>, <z, y> and <y, y> of every row's noises, float64 [3, rows]; [1, rows] of one.
@@ -136,7 +144,7 @@ class Weight:
                         part += own
                     else:
                         sums[k, begin : begin + count] = torch.linalg.vecdot(one, other)
-        return sums
+        return self.without_padding(sums)
 
     def _matrix_shape(self) -> tuple[int, int]:
         shape = self.shape

@@ -67,7 +67,10 @@ class Plane:
             total = sum(found.sum(1, keepdim=True).to(device) for found in products)
             length = sum(norm.square().sum().to(device) for norm in norms).sqrt()
             rows = _coefficients(length.view(1), total)
-            found = [rows.to(n.device).expand(3, len(n)) for n in norms]
+            found = [
+                weight.without_padding(rows.to(n.device).repeat(1, len(n)))
+                for weight, n in zip(chosen, norms, strict=True)
+            ]
         elif not matrices:
             found = [
                 _coefficients(n.norm().view(1), p.sum(1, keepdim=True)).expand(3, len(n))

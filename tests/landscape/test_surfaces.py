@@ -52,6 +52,19 @@ def test_global_directions_are_orthogonal_as_a_whole():
     assert (ratio / ratio[0] - 1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("normalize", ["filter", "global"])
+def test_the_row_for_padding_keeps_still(normalize):
+    model = nn.Embedding(6, 9, padding_idx=2)
+    nn.init.normal_(model.weight)
+    plane = landscape.Plane(model, normalize=normalize)
+    for axis in (0, 1):
+        direction = plane.direction(model, "weight", axis)
+        assert (direction[2] == 0).all()
+        assert (direction[[0, 1, 3, 4, 5]] != 0).all()
+    moved = model.weight.detach()[[0, 1, 3, 4, 5]].norm()
+    torch.testing.assert_close(plane.direction(model, "weight", 0).norm(), moved, rtol=1e-6, atol=0)
+
+
 def test_a_row_of_one_element_has_no_second_direction():
     model = nn.Linear(1, 5)
     plane = landscape.Plane(model)
