@@ -89,13 +89,9 @@ class Calls:
                 stacklevel=3,
             )
 
-    def trace(self) -> None:
+    def mark_traced(self) -> None:
         """A compiler traces a layer's product."""
         _TRACED.add(self._model)
-
-    # As torch.compiler.assume_constant_result does, which imports the compiler: run when a compiler
-    # traces the call, and leave nothing of it in what is compiled.
-    trace._dynamo_marked_constant = True
 
 
 def _kind(name: str, sequences: set[str]) -> str:

@@ -34,6 +34,21 @@ def require_free(op: str, noise: Any) -> None:
                 )
 
 
+def mark_traced() -> None:
+    """A compiler traces a layer's product in an open window.
+
+    All open ones are marked: torch 2.11's compiler can run no more than a plain function without
+    arguments while it traces, so nobody can say here which window it is.
+    """
+    for noise in _OPEN:
+        noise._weights.calls.mark_traced()
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: run when a compiler
+# traces the call, and leave nothing of it in what is compiled.
+mark_traced._dynamo_marked_constant = True
+
+
 def close(model: nn.Module, *, discard: bool = False) -> None:
     """Close the windows that are open on a model's weights, whoever opened them.
 

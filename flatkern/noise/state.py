@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from flatkern import _backend
 from flatkern._noise import Noise
 from flatkern.nn import shards
+from flatkern.noise import registry
 from flatkern.noise.guards import Guard, late_backward_guard
 from flatkern.noise.keep import Keeper, keeper_of
 from flatkern.noise.scales import Scales, grouped
@@ -41,8 +42,8 @@ class State:
         keeper: what has the clean bits; None before the first window.
     """
 
-    def __init__(self, target: Target, traced: Callable[[], None]) -> None:
-        """Nothing is allocated; `traced` is called when a compiler traces a layer's product."""
+    def __init__(self, target: Target) -> None:
+        """Nothing is allocated."""
         self.target = target
         self.elementwise = target.elementwise
         self.row_scale: Tensor | None = None
@@ -51,7 +52,6 @@ class State:
         self.sharded_linear: Callable[..., Tensor] | None = None
         self.noisy = self.perturbed = self.written = self.called = False
         self.keeper: Keeper | None = None
-        self._traced = traced
         # sigma that the room for clean bits is measured with.
         self._largest = 0.0
         self._guards: list[Guard] = []
@@ -62,7 +62,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own operands at its first window: rows of a table do not survive."""
-        return vars(State(self.target, self._traced))
+        return vars(State(self.target))
 
     def fits(self) -> bool:
         """Whether what `allocate` gave still serves the weight, which may be another by now."""
@@ -148,7 +148,7 @@ class State:
         if not torch.compiler.is_compiling():
             self.called = True
         else:
-            self._traced()
+            registry.mark_traced()
 
     def clean_weight(self) -> Tensor:
         """The weight without noise: a copy if noise is written in it."""

@@ -66,7 +66,7 @@ class Weights:
         check_mode(_OP, self._mode, targets)
         self.targets, self.skipped = targets, skipped
         self.calls = Calls(self._model, targets)
-        self.states = [State(target, self.calls.trace) for target in targets]
+        self.states = [State(target) for target in targets]
         self._sites = [
             (layer, f"open on {target.name}") for target in targets for layer in target.layers
         ]
