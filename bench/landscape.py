@@ -94,7 +94,7 @@ def main() -> int:
         f"`python -m bench.landscape --points {options.points} --radius {options.radius:g}`\n",
         tabulate(rows, headers=("", ""), tablefmt="github", disable_numparse=True),
         "\n![contour](surface.png)\n\n![surface](surface_3d.png)\n",
-        f"On {where['date']}: {where['cpu']}, {where['threads']} thread(s), torch {where['torch']}.",
+        f"On {where['date']}: {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
         "The peak is of 3 x 3 points, whose directions and points are made in the same way.",
     ]
     (options.out / "landscape.md").write_text("\n".join(text) + "\n")
