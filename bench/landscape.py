@@ -8,7 +8,6 @@ changed, or if the peak is more than the largest layer above that of a plain eva
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def main() -> int:
     landscape.plot_surface(surface, options.out / "surface.png", title=title)
     landscape.plot_surface(surface, options.out / "surface_3d.png", kind="3d", title=title)
     changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
-    mib = 2**20
+    mib, where = 2**20, conditions()
     rows = [
         ("points", surface.loss.numel()),
         ("weights, MiB", f"{weights / mib:.1f}"),
@@ -95,7 +94,8 @@ def main() -> int:
         f"`python -m bench.landscape --points {options.points} --radius {options.radius:g}`\n",
         tabulate(rows, headers=("", ""), tablefmt="github", disable_numparse=True),
         "\n![contour](surface.png)\n\n![surface](surface_3d.png)\n",
-        json.dumps(conditions(), default=str),
+        f"On {where['date']}: {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
+        "The peak is of 3 x 3 points, whose directions and points are made in the same way.",
     ]
     (options.out / "landscape.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
