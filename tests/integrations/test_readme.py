@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "README.md").is_file():
     pytest.skip("an installed copy has no README", allow_module_level=True)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LOOP, METHOD, ONE_LINE, EQUATION = re.findall(
+LOOP, METHOD, ONE_LINE, LANDSCAPE, EQUATION = re.findall(
     r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL
 )
 
@@ -58,6 +58,19 @@ def test_one_line_in_a_trainer_and_one_in_a_loop(tmp_path):
     with names["noise"].window():
         assert peft_model(**tokens()).loss != clean
     assert peft_model(**tokens()).loss == clean
+
+
+def test_a_landscape(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = llama(layers=1)
+    before = bits(model)
+    block = LANDSCAPE.replace("points=51", "points=3")
+    names = run(block, {"model": model, "loss_fn": lambda: model(**tokens()).loss})
+    assert names["flatness"].interval[0] <= names["flatness"] <= names["flatness"].interval[1]
+    assert names["surface"].loss[1, 1] == model.eval()(**tokens()).loss
+    assert (tmp_path / "surface.png").is_file()
+    assert same_bits(bits(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
