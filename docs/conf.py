@@ -37,6 +37,8 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "undoc-members": True}
 # Docstrings are plain text: `code` in single backticks, and |W| is an absolute value.
 default_role = "code"
+# Attributes of the same name in several classes are no ambiguity worth a warning.
+suppress_warnings = ["ref.python"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
