@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 
     land = commands.add_parser(
         "landscape",
-        help="how flat a local Hugging Face model is, with and without adapters",
+        help="how flat a local Hugging Face model is, or adapters of it beside one another",
         description="Measures a model, or several PEFT adapters of it along the same directions: "
         "flatness on average and at its worst, the loss against the noise's strength, a surface. "
-        "Writes landscape.json, surface.png, surface.html and radius.png. Interrupted, the same "
-        "command goes on from the points that it had.",
+        "Writes landscape.json, surface.png, surface.html, radius.png, and for each model a "
+        "surface-NAME.json, from which the same command goes on if it was interrupted.",
         epilog="examples:\n"
         "  flatkern landscape my-llama --adapter lora --adapter flat-lora --data held-out.txt\n"
         "  flatkern landscape my-bert --task classification --data test.csv --points 51 --hessian",
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         help="held-out texts: .txt (one a line), or .csv or .jsonl with text (and label)",
     )
     land.add_argument("--task", choices=TASKS, default="causal", help="default: %(default)s")
-    land.add_argument("--out", type=Path, default=Path("landscape"), metavar="DIR")
+    land.add_argument(
+        "--out", type=Path, default=Path("landscape"), metavar="DIR", help="default: %(default)s"
+    )
     land.add_argument("--points", type=_positive, default=21, help="of a side; default: 21")
     land.add_argument(
         "--radius",
@@ -238,7 +241,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         f"{arguments.rows}x{arguments.cols} {arguments.dtype} on {arguments.device}, rank "
         f"{arguments.rank}, {arguments.tokens} tokens, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}. x copy: time over that of copying the weight; vs: how many times as "
-        "fast as the published algorithm and the best eager PyTorch."
+        "fast as the published algorithm and the best eager PyTorch. A busy machine gives "
+        "other numbers each time."
     )
     print(tabulate([row.cells() for row in rows], headers="keys", disable_numparse=True))
     return 0
@@ -260,6 +264,8 @@ def _landscape(arguments: argparse.Namespace) -> int:
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         return _fail(f'landscape needs {", ".join(missing)}: pip install "flatkern[peft,plot]"')
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Everything is local: no name is looked up elsewhere.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     # Imported here, so that the other commands work without these packages.
     from flatkern import landscape_command as command
 
@@ -271,7 +277,8 @@ def _landscape(arguments: argparse.Namespace) -> int:
     except command.CommandError as error:
         return _fail(str(error))
     except (TypeError, ValueError) as error:
-        return _fail(str(error))
+        hint = f"; choose another --out than {arguments.out}" if "save must" in str(error) else ""
+        return _fail(f"{error}{hint}")
     except KeyboardInterrupt:
         print(
             f"flatkern: interrupted; the points so far are in {arguments.out}, and the same "

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,14 +96,16 @@ def run(asked: Asked) -> tuple[list[Figures], list[Path]]:
         save = asked.out / f"surface-{name}.json"
         sampled = options | {"draws": asked.draws}
         sigmas = [asked.sigma * factor for factor in _CURVE]
-        curves[name] = landscape.radius_curve(model, loss_fn, sigmas=sigmas, **sampled)
-        average = landscape.average_flatness(model, loss_fn, sigma=asked.sigma, **sampled)
+        if not asked.quiet:
+            print(f"{name}:", file=sys.stderr)
+        curve = curves[name] = landscape.radius_curve(model, loss_fn, sigmas=sigmas, **sampled)
         worst = landscape.worst_flatness(model, loss_fn, sigma=asked.sigma, **sampled)
         top = landscape.hessian_top_eigenvalue(model, loss_fn, **options) if asked.hessian else None
         grid = {"points": asked.points, "radius": asked.radius, "save": save}
         surfaces[name] = landscape.surface_2d(model, loss_fn, **grid, **options)
-        low, high = average.interval
-        rises = float(average), low, high, worst.sampled, worst.ascent, top
+        own = _CURVE.index(1.0)
+        average = (float(part[own]) for part in (curve.mean, curve.low, curve.high))
+        rises = *average, worst.sampled, worst.ascent, top
         figures.append(Figures(name, worst.plain, *rises))
     paths = [asked.out / "landscape.json"]
     record = {key: str(value) for key, value in dataclasses.asdict(asked).items()}
@@ -143,7 +146,8 @@ def read(path: Path, labelled: bool, rows: int) -> tuple[list[str], list[int]]:
         labels = [int(row["label"]) for row in found if row["text"].strip()] if labelled else []
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         needed = "text and label (a whole number)" if labelled else "text"
-        raise CommandError(f"--data must have the columns {needed}: {error!r}") from error
+        columns = ", ".join(found[0]) if isinstance(found[0], dict) else repr(found[0])
+        raise CommandError(f"--data must have the columns {needed}, got {columns}") from error
     if not texts:
         raise CommandError(f"--data must hold at least one text, got none in {path}")
     return texts, labels
@@ -176,13 +180,16 @@ def load(
         model = kinds[asked.task].from_pretrained(asked.model, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CommandError(
-            f"MODEL must be a local Hugging Face model for {asked.task}: {error}"
+            "MODEL must be the folder of a Hugging Face model, or a name in the local cache, for "
+            f"--task {asked.task}; got {asked.model}: {str(error).splitlines()[0]}"
         ) from error
     if adapter is not None:
         from peft import PeftModel
 
         from flatkern.integrations.peft import attach
 
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise CommandError(f"--adapter must be the folder of a PEFT adapter, got {adapter}")
         try:
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from flatkern._memory import peak_bytes
 from flatkern.ops.residual import is_available
 
 SCALING, SIGMA = 2.0, 0.05
-PROVIDERS = ("flatkern", "published", "eager", "copy")
+PROVIDERS = ("flatkern", "published", "eager", "copy", "lora")
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Row:
     flatkern: float
     published: float | None
     eager: float | None
-    copy: float
+    copy: float | None
+    lora: float | None
     peak_bytes: int
 
     def cells(self) -> dict[str, object]:
@@ -36,7 +37,8 @@ class Row:
             "op": self.op,
             "by": self.backend,
             "ms": f"{self.flatkern:.3g}",
-            "x copy": f"{self.flatkern / self.copy:.2f}",
+            "x copy": f"{self.flatkern / self.copy:.2f}" if self.copy else "",
+            "x plain LoRA": f"{self.flatkern / self.lora:.2f}" if self.lora else "",
             **{f"vs {k}": f"{v / self.flatkern:.1f}x" if v else "" for k, v in ratio.items()},
             "peak MiB": f"{self.peak_bytes / 2**20:.3g}",
         }
@@ -83,9 +85,10 @@ class Case:
             "noisy_linear, forward and backward": {
                 "flatkern": lambda: self._backward(self._noisy),
                 "eager": lambda: self._backward(self._eager_noisy),
+                "lora": lambda: self._backward(self._lora),
             },
         }
-        return {op: providers | copies for op, providers in found.items()}
+        return {op: own if "lora" in own else own | copies for op, own in found.items()}
 
     def check(self) -> None:
         """RuntimeError unless norms are right and a window gives the exact bits back."""
@@ -118,6 +121,9 @@ class Case:
     def _noisy(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         operands = self.weight, None, lora_A, lora_B, SCALING, self.row_scale, self.key
         return ops.noisy_linear(x, *operands)
+
+    def _lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return baselines.lora_linear(x, self.weight, lora_A, lora_B, SCALING)
 
     def _eager_noisy(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         operands = lora_A, lora_B, SCALING, self.row_scale

@@ -1,7 +1,6 @@
 """Methods of `flatkern.methods` as the optimizer step of transformers' Trainer."""
 
 import functools
-import inspect
 import os
 from collections.abc import Callable
 from types import MethodType
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from flatkern.integrations._forwards import TrainingForwards
 from flatkern.methods._ranks import Ranks
-from flatkern.methods.base import Method
+from flatkern.methods.base import Method, keywords_of
 from flatkern.nn import LoRALinear
 from flatkern.noise import WeightNoise
 from flatkern.ops import _check
@@ -190,13 +189,7 @@ def _try_out(method: Callable[..., Method]) -> None:
 def _refuse_misspelt(method: functools.partial) -> None:
     """TypeError for a keyword that neither the class nor those it is made of have."""
     kind = method.func
-    bases = kind.__mro__ if isinstance(kind, type) and issubclass(kind, Method) else ()
-    accepted = {
-        name: parameter
-        for base in bases
-        for name, parameter in inspect.signature(base.__init__).parameters.items()
-        if name not in ("self", "model", "optimizer")
-        and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    }
-    if bases:
+    if isinstance(kind, type) and issubclass(kind, Method):
+        given = ("model", "optimizer")
+        accepted = [name for name in keywords_of(kind) if name not in given]
         refuse_unknown(kind.__name__, accepted, method.keywords)

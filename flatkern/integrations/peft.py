@@ -81,7 +81,10 @@ def attach(
     skipped = {n: why for n, why in reasons.items() if why and id(layers[n]) not in inner}
     if len(skipped) == sum(id(layer) not in inner for layer in layers.values()):
         found = f"none that can ({_listed(skipped)})" if skipped else "no PEFT layers"
-        raise ValueError(f"peft.attach: model must have LoRA layers that can, got {found}")
+        raise ValueError(
+            "peft.attach: model must have PEFT layers that can take noise (peft.get_peft_model "
+            f"makes them), got {found}"
+        )
     try:
         for name, module in list(named_modules(model)):
             if ATTRIBUTE in module.__dict__:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from flatkern.methods._ranks import Ranks
 from flatkern.nn.names import named_parameters
 from flatkern.noise.whole import require_whole
 from flatkern.ops import _check
+from flatkern.ops._keywords import refuse_unknown
 
 LossFn = Callable[[Any], Tensor]
 
@@ -25,6 +26,12 @@ class Method:
         model, optimizer, max_grad_norm, scaler: as given.
         ranks: those that train the model together, found in it.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """TypeError for a keyword that neither the class nor those it is made of have."""
+        if cls.__module__.startswith(f"{__package__}."):
+            refuse_unknown(cls.__name__, keywords_of(cls), options)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -284,3 +291,14 @@ def _is_number(dtype: torch.dtype) -> bool:
 
 def _wide(loss: Tensor) -> Tensor:
     return loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+
+
+def keywords_of(method: type[Method]) -> list[str]:
+    """What the class and those that it is made of take by name."""
+    parameters = [
+        one
+        for base in method.__mro__
+        for one in inspect.signature(base.__init__).parameters.values()
+    ]
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return list(dict.fromkeys(p.name for p in parameters if p.kind in kinds and p.name != "self"))

@@ -47,7 +47,7 @@ def check_linear(linear: nn.Module, name: str = "linear") -> None:
     if isinstance(linear, LoRALinear):
         raise TypeError(f"{what}: it has adapters already")
     if not isinstance(linear, nn.Linear):
-        raise TypeError(what)
+        raise TypeError(f"{what}; its weight may be named in target_parameters of replace_linear")
     if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
         raise TypeError(f"{what} with a forward of its own, which would be lost")
     if not isinstance(linear._parameters.get("weight"), nn.Parameter):

@@ -308,7 +308,7 @@ def _refuse_unknown(modules: dict[str, nn.Module], asked: str) -> None:
     more = f" and {len(linear) - _NAMES_SHOWN} more" if len(linear) > _NAMES_SHOWN else ""
     raise ValueError(
         f"{_OP}: target_modules must match modules of the model, got {asked}, not found; "
-        f"its linear layers are: {shown}{more}"
+        f"its linear layers are: {shown}{more}; weights of other modules go in target_parameters"
     )
 
 

@@ -19,8 +19,9 @@ from flatkern.ops._library import bump_versions
 _OP = "WeightNoise"
 # What each scope needs, and where it comes from.
 _ADAPTED = (
-    "LoRALinear layers",
-    "; see flatkern.nn.replace_linear and flatkern.integrations.peft.attach",
+    "LoRALinear layers or attached PEFT layers",
+    "; see flatkern.nn.replace_linear, or peft.get_peft_model and then "
+    "flatkern.integrations.peft.attach",
 )
 _NEEDED = {"merged": _ADAPTED, "lora": _ADAPTED, "trainable": ("trainable parameters", "")}
 

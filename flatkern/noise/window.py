@@ -22,6 +22,7 @@ from flatkern.noise.summary import summarise
 from flatkern.noise.targets import Target
 from flatkern.noise.weights import Weights
 from flatkern.ops import _check
+from flatkern.ops._keywords import known_keywords
 
 _OP = "WeightNoise"
 
@@ -63,6 +64,7 @@ class WeightNoise:
     exception. `state_dict()` of the model is clean inside windows too.
     """
 
+    @known_keywords("WeightNoise")
     def __init__(
         self,
         model: nn.Module,

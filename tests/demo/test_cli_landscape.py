@@ -91,13 +91,16 @@ def test_a_classifier_without_adapters(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "nowhere"}, "MODEL must be a local Hugging Face model"),
-        ({"--adapter": "nowhere"}, "--adapter must be a PEFT adapter"),
+        ({"model": "nowhere"}, "MODEL must be the folder of a Hugging Face model"),
+        ({"--adapter": "nowhere"}, "--adapter must be the folder of a PEFT adapter"),
         ({"--data": "nowhere.txt"}, "--data must be a .txt, .csv or .jsonl file"),
         ({"--data": "empty.txt"}, "at least one text"),
         ({"--data": "odd.bin"}, "got odd.bin"),
         ({"--data": "short.txt"}, "at least two tokens"),
-        ({"--data": "bare.csv", "--task": "classification"}, "text and label"),
+        (
+            {"--data": "bare.csv", "--task": "classification"},
+            "text and label (a whole number), got text",
+        ),
         ({"--out": "texts.txt"}, "--out must be a folder that can be written"),
         ({"--seed": "-1"}, "seed must be"),
     ],

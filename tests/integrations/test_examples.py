@@ -44,7 +44,7 @@ def run_page(page, folder, monkeypatch):
 def test_every_block_is_run():
     # graphs: tests/noise/test_window_compile.py and tests/test_gpu.py.
     run_here = {"accelerate", "adapters", "distributed", "lightning", "peft", "quantized"}
-    run_here |= {"graphs", "layers", "quickstart", "trainer"}
+    run_here |= {"graphs", "layers", "methods", "quickstart", "trainer"}
     run_here |= {"landscape"}  # test_landscape_docs.py
     pages = {path.stem for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()}
     assert pages == run_here
@@ -54,6 +54,11 @@ def test_the_quickstart(tmp_path, monkeypatch):
     names = run_page("quickstart", tmp_path, monkeypatch)
     assert names["noise"].step == names["steps"] + 1
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_on_methods(tmp_path, monkeypatch):
+    names = run_page("methods", tmp_path, monkeypatch)
+    assert isinstance(names["loss"], float)
 
 
 def test_the_page_on_layers(tmp_path, monkeypatch):
