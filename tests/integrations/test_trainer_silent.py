@@ -107,6 +107,8 @@ def test_names_are_those_of_the_unwrapped_model():
     assert all(name.startswith("base_model.model.model.layers.") for name in noise.names)
     detach(model)
     config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
-    model = torch.nn.DataParallel(get_peft_model(llama(), config))
-    with pytest.warns(UserWarning, match=r"lora\.layer\.Embedding: base_model\.model\.model"):
+    base = llama()
+    base.model.embed_tokens.max_norm = 1.0  # which takes no noise
+    model = torch.nn.DataParallel(get_peft_model(base, config))
+    with pytest.warns(UserWarning, match=r"no noise on base_model\.model\.model\.embed_tokens"):
         attach(model, SIGMA)
