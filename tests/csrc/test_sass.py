@@ -75,8 +75,8 @@ ROW_NORM_CEILINGS = {
     ("2", "float"): 15.0,
 }
 # Bytes of stack: around 64-bit divisions, which are calls, and on sm_100 what row norms of float16
-# and float32 keep there. Of rows that are not aligned a residual in float32 keeps two registers, and
-# on sm_100 so does a plane in float16.
+# and float32 keep there. Of rows that are not aligned a residual in float32 keeps two registers,
+# and on sm_100 so does a plane in float16.
 CUDA_STACK = {
     "row_norm_prepare_kernel": 32,
     "row_norm_kernel": 32,
