@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flatkern.methods._contexts import kept
+from flatkern.methods._means import mean_of_state
 from flatkern.methods.base import LossFn
 from flatkern.methods.fmlora import FMLoRA
 from flatkern.ops import _check
@@ -89,22 +90,7 @@ class EFMLoRA(FMLoRA):
         Raises:
             TypeError, ValueError: not what `state_dict` gives; nothing is changed.
         """
-        pairs = self.pairs()
-        mean = state_dict.get("mean", {}) if isinstance(state_dict, dict) else {}
-        _check.kinds("EFMLoRA", dict, mean=mean)
-        for name, step in mean.items():
-            if name not in pairs:
-                _check.refuse("EFMLoRA", "mean", f"of the layers {list(pairs)}", name)
-            _check.kinds("EFMLoRA", torch.Tensor, **{f"mean[{name!r}]": step})
-            shape = self.moved(pairs[name]).shape
-            if step.shape != shape:
-                _check.refuse("EFMLoRA", f"mean[{name!r}]", f"of shape {list(shape)}", step)
+        weights = {name: self.moved(pair) for name, pair in self.pairs().items()}
+        mean = mean_of_state("EFMLoRA", state_dict, weights, f"of the layers {list(weights)}")
         super().load_state_dict(state_dict)
-        self._mean = {
-            name: _wide_copy(step, self.moved(pairs[name])) for name, step in mean.items()
-        }
-
-
-def _wide_copy(step: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """M as it is kept: not in 16 bits, whatever the weight is in."""
-    return step.to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True)
+        self._mean = mean

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.methods._ascent import Ascent
+from flatkern.methods._means import mean_of_state
 from flatkern.methods._ranks import dense
 from flatkern.methods.base import LossFn
 from flatkern.ops import _check
@@ -97,19 +98,6 @@ class FriendlySAM(Ascent):
         Raises:
             TypeError, ValueError: not what `state_dict` gives; nothing is changed.
         """
-        weights = self.trainable()
-        mean = state_dict.get("mean", {}) if isinstance(state_dict, dict) else {}
-        _check.kinds("FriendlySAM", dict, mean=mean)
-        for name, value in mean.items():
-            if name not in weights:
-                _check.refuse("FriendlySAM", "mean", "of trainable parameters", name)
-            _check.kinds("FriendlySAM", Tensor, **{f"mean[{name!r}]": value})
-            shape = weights[name].shape
-            if value.shape != shape:
-                _check.refuse("FriendlySAM", f"mean[{name!r}]", f"of shape {list(shape)}", value)
+        mean = mean_of_state("FriendlySAM", state_dict, self.trainable(), "of trainable parameters")
         super().load_state_dict(state_dict)
-        self._mean = {name: _wide_copy(value, weights[name]) for name, value in mean.items()}
-
-
-def _wide_copy(value: Tensor, weight: Tensor) -> Tensor:
-    return value.to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True)
+        self._mean = mean
