@@ -15,21 +15,40 @@ Loss = Callable[[nn.Module], Tensor]
 
 
 class Figures:
-    """Diagnostics of a model that is trained, by their names in the log."""
+    """Diagnostics of a model that is trained, by their names in the log; a trainer's callback.
+
+    It calls `_begin` at the begin of a run, `_of_step` where a step is logged, and `_gap` behind an
+    evaluation.
+    """
 
     def __init__(
         self,
-        op: str,
+        sigma: float | None = None,
         *,
-        sigma: float | None,
-        strategy: str,
-        loss_fn: Loss | None,
-        flatness_every: int,
-        draws: int,
-        seed: int,
-        prefix: str,
+        strategy: str = "flat_lora",
+        loss_fn: Loss | None = None,
+        flatness_every: int = 0,
+        draws: int = 4,
+        seed: int = 0,
+        prefix: str = "",
     ) -> None:
-        """Check the arguments; they are explained where they are given."""
+        """Nothing is measured before the first logged step.
+
+        Args:
+            sigma: strength of the noise whose size is logged; None: no such figures.
+            strategy: its strategy.
+            loss_fn: takes the model (in Lightning the LightningModule) and returns the loss of
+                held-out data, always the same; it logs nothing.
+            flatness_every: `flatness` at the first logged step after every so many; 0: never. It
+                takes 2 draws + 2 evaluations.
+            draws, seed: as in `flatkern.landscape.average_flatness`, whose sigma is `sigma`, or
+                0.05.
+            prefix: of the names in the log.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or value.
+        """
+        op = type(self).__name__
         _check.kinds(op, (float, int), optional=True, sigma=sigma)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"{op}: loss_fn must be callable or None, got {type(loss_fn).__name__}")
@@ -46,11 +65,11 @@ class Figures:
         self._measured = -1
         self._train_loss: float | None = None
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Of a new run."""
         self._measured, self._train_loss = 0, None
 
-    def of_step(self, model: nn.Module, step: int, loss: float | None) -> dict[str, float]:
+    def _of_step(self, model: nn.Module, step: int, loss: float | None) -> dict[str, float]:
         """At a step whose log is written: of clean weights, outside windows."""
         if loss is not None:
             self._train_loss = loss
@@ -70,7 +89,7 @@ class Figures:
         low, high = found.interval
         return {"flatness": float(found), "flatness_low": low, "flatness_high": high}
 
-    def gap(self, eval_loss: float) -> dict[str, float]:
+    def _gap(self, eval_loss: float) -> dict[str, float]:
         """The held-out loss less that of the training before it, if one was logged."""
         if self._train_loss is None:
             return {}

@@ -9,12 +9,10 @@ try:
 except ModuleNotFoundError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
-from flatkern.integrations.diagnostics._figures import Figures, Loss
-
-_OP = "DiagnosticsCallback"
+from flatkern.integrations.diagnostics._figures import Figures
 
 
-class DiagnosticsCallback(Callback):
+class DiagnosticsCallback(Figures, Callback):
     """Logs what the adapters, the noise and the loss around the weights are like.
 
         trainer = Trainer(callbacks=[FlatLoRACallback(sigma=0.05), DiagnosticsCallback(sigma=0.05)])
@@ -26,47 +24,11 @@ class DiagnosticsCallback(Callback):
     windows; the training keeps its bits.
     """
 
-    def __init__(
-        self,
-        sigma: float | None = None,
-        *,
-        strategy: str = "flat_lora",
-        loss_fn: Loss | None = None,
-        flatness_every: int = 0,
-        draws: int = 4,
-        seed: int = 0,
-        prefix: str = "",
-    ) -> None:
-        """Nothing is measured before the first logged step.
-
-        Args:
-            sigma: strength of the noise whose size is logged; None: no such figures.
-            strategy: its strategy.
-            loss_fn: takes the LightningModule and returns the loss of held-out data, always the
-                same; it logs nothing.
-            flatness_every: `flatness` at the first logged step after every so many; 0: never.
-            draws, seed: as in `flatkern.landscape.average_flatness`, whose sigma is `sigma`, or
-                0.05.
-            prefix: of the names in the log.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong kind or value.
-        """
-        self._figures = Figures(
-            _OP,
-            sigma=sigma,
-            strategy=strategy,
-            loss_fn=loss_fn,
-            flatness_every=flatness_every,
-            draws=draws,
-            seed=seed,
-            prefix=prefix,
-        )
-        self._step = 0
+    _step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run."""
-        self._figures.begin()
+        self._begin()
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -85,7 +47,7 @@ class DiagnosticsCallback(Callback):
         self._step = step
         metrics = trainer.callback_metrics
         loss = metrics.get("train_loss", metrics.get("loss"))
-        figures = self._figures.of_step(pl_module, step, None if loss is None else float(loss))
+        figures = self._of_step(pl_module, step, None if loss is None else float(loss))
         always = {name: value for name, value in figures.items() if "flatness" not in name}
         self.log_dict(always, on_step=True, on_epoch=False)
         # Lightning would log the last one again at every step of the epoch.
@@ -97,4 +59,4 @@ class DiagnosticsCallback(Callback):
         """The held-out loss less the training's."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and torch.isfinite(loss):
-            self.log_dict(self._figures.gap(float(loss)))
+            self.log_dict(self._gap(float(loss)))

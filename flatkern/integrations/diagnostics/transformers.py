@@ -5,13 +5,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flatkern.integrations.diagnostics._figures import Figures, Loss, is_number
+from flatkern.integrations.diagnostics._figures import Figures, is_number
 from flatkern.integrations.transformers import FlatLoRACallback, _calling_trainer
 
-_OP = "DiagnosticsCallback"
 
-
-class DiagnosticsCallback(TrainerCallback):
+class DiagnosticsCallback(Figures, TrainerCallback):
     """Logs what the adapters, the noise and the loss around the weights are like.
 
         trainer = Trainer(
@@ -27,43 +25,6 @@ class DiagnosticsCallback(TrainerCallback):
     weights, and no generator is moved.
     """
 
-    def __init__(
-        self,
-        sigma: float | None = None,
-        *,
-        strategy: str = "flat_lora",
-        loss_fn: Loss | None = None,
-        flatness_every: int = 0,
-        draws: int = 4,
-        seed: int = 0,
-        prefix: str = "",
-    ) -> None:
-        """Nothing is measured before the first log.
-
-        Args:
-            sigma: strength of the noise whose size is logged; None: no such figures.
-            strategy: its strategy.
-            loss_fn: takes the model and returns the loss of held-out data, always the same.
-            flatness_every: `flatness` at the first log after every so many steps; 0: never. It
-                takes 2 draws + 2 evaluations.
-            draws, seed: as in `flatkern.landscape.average_flatness`, whose sigma is `sigma`, or
-                0.05.
-            prefix: of the names in the log.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong kind or value.
-        """
-        self._figures = Figures(
-            _OP,
-            sigma=sigma,
-            strategy=strategy,
-            loss_fn=loss_fn,
-            flatness_every=flatness_every,
-            draws=draws,
-            seed=seed,
-            prefix=prefix,
-        )
-
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -75,7 +36,7 @@ class DiagnosticsCallback(TrainerCallback):
     ) -> None:
         """Also where it was added later."""
         self._join()
-        self._figures.begin()
+        self._begin()
 
     def _join(self) -> None:
         trainer = _calling_trainer()
@@ -100,9 +61,9 @@ class DiagnosticsCallback(TrainerCallback):
             return
         figures: dict[str, float] = {}
         if is_number(logs.get("loss")):
-            figures = self._figures.of_step(model, state.global_step, logs["loss"])
+            figures = self._of_step(model, state.global_step, logs["loss"])
         elif is_number(logs.get("eval_loss")):
-            figures = self._figures.gap(logs["eval_loss"])
+            figures = self._gap(logs["eval_loss"])
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
