@@ -34,6 +34,16 @@ constexpr int unit_log2(int64_t long_units, int sm_count) {
   return long_units < 8 * held ? kShortUnitLog2 : kLongUnitLog2;
 }
 
+// A warp for every unit of a weight; no blocks where it has no elements.
+struct UnitGrid {
+  int log2, blocks;
+};
+constexpr UnitGrid unit_grid(int64_t rows, int64_t cols, int sm_count) {
+  const int log2 = unit_log2(rows * units_per_row(cols, kLongUnitLog2), sm_count);
+  const int64_t units = rows * units_per_row(cols, log2);
+  return {log2, static_cast<int>(divide_up(units, kWarpsPerBlock))};
+}
+
 struct Unit {
   int64_t row, begin, end;  // columns [begin, end); none where `row` is past the last
 };

@@ -71,29 +71,28 @@ __global__ void __launch_bounds__(kThreads) philox_bits_kernel(NoiseArgs args) {
   }
 }
 
+// Whether rows hold whole groups of columns.
+static bool is_grouped(const Block& block) {
+  return block.cols % 4 == 0 && block.col_offset % 4 == 0;
+}
+
 void launch_noise(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
-  const Block& block = args.block;
-  if (block.rows == 0 || block.cols == 0) return;
-  const int log2 = unit_log2(block.rows * units_per_row(block.cols, kLongUnitLog2), sm_count);
-  const int64_t units = block.rows * units_per_row(block.cols, log2);
-  const int blocks = static_cast<int>(divide_up(units, kWarpsPerBlock));
-  if (block.cols % 4 == 0 && block.col_offset % 4 == 0) {
-    FLATKERN_LAUNCH((noise_kernel<true>), blocks, kThreads, stream, args, log2);
+  const UnitGrid grid = unit_grid(args.block.rows, args.block.cols, sm_count);
+  if (grid.blocks == 0) return;
+  if (is_grouped(args.block)) {
+    FLATKERN_LAUNCH((noise_kernel<true>), grid.blocks, kThreads, stream, args, grid.log2);
   } else {
-    FLATKERN_LAUNCH((noise_kernel<false>), blocks, kThreads, stream, args, log2);
+    FLATKERN_LAUNCH((noise_kernel<false>), grid.blocks, kThreads, stream, args, grid.log2);
   }
 }
 
 void launch_uniform(const NoiseArgs& args, int sm_count, cudaStream_t stream) {
-  const Block& block = args.block;
-  if (block.rows == 0 || block.cols == 0) return;
-  const int log2 = unit_log2(block.rows * units_per_row(block.cols, kLongUnitLog2), sm_count);
-  const int64_t units = block.rows * units_per_row(block.cols, log2);
-  const int blocks = static_cast<int>(divide_up(units, kWarpsPerBlock));
-  if (block.cols % 4 == 0 && block.col_offset % 4 == 0) {
-    FLATKERN_LAUNCH((uniform_kernel<true>), blocks, kThreads, stream, args, log2);
+  const UnitGrid grid = unit_grid(args.block.rows, args.block.cols, sm_count);
+  if (grid.blocks == 0) return;
+  if (is_grouped(args.block)) {
+    FLATKERN_LAUNCH((uniform_kernel<true>), grid.blocks, kThreads, stream, args, grid.log2);
   } else {
-    FLATKERN_LAUNCH((uniform_kernel<false>), blocks, kThreads, stream, args, log2);
+    FLATKERN_LAUNCH((uniform_kernel<false>), grid.blocks, kThreads, stream, args, grid.log2);
   }
 }
 

@@ -70,19 +70,19 @@ __global__ void __launch_bounds__(kThreads)
 void launch_perturb_plane(const PlaneArgs& args, int sm_count, cudaStream_t stream) {
   const PerturbArgs& own = args.perturb;
   const Block& block = own.block;
-  if (block.rows == 0 || block.cols == 0) return;
-  const int log2 = unit_log2(block.rows * units_per_row(block.cols, kLongUnitLog2), sm_count);
-  const int64_t units = block.rows * units_per_row(block.cols, log2);
-  const int blocks = static_cast<int>(divide_up(units, kWarpsPerBlock));
+  const UnitGrid grid = unit_grid(block.rows, block.cols, sm_count);
+  if (grid.blocks == 0) return;
   const bool vectors = is_vector_aligned(own.weight, own.weight_stride, own.weight_dtype) &&
                        is_vector_aligned(own.out, own.out_stride, own.out_dtype) &&
                        block.col_offset % 4 == 0;
   with_type(own.weight_dtype, [&](auto weight) {
     using T = decltype(weight);
     if (vectors) {
-      FLATKERN_LAUNCH((perturb_plane_kernel<T, true>), blocks, kThreads, stream, args, log2);
+      FLATKERN_LAUNCH((perturb_plane_kernel<T, true>), grid.blocks, kThreads, stream, args,
+                      grid.log2);
     } else {
-      FLATKERN_LAUNCH((perturb_plane_kernel<T, false>), blocks, kThreads, stream, args, log2);
+      FLATKERN_LAUNCH((perturb_plane_kernel<T, false>), grid.blocks, kThreads, stream, args,
+                      grid.log2);
     }
   });
 }
