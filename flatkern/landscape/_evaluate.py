@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from flatkern.landscape._weights import Shift, Weight
 from flatkern.nn import shards
+from flatkern.nn.calibration import evaluating
 from flatkern.ops import _check
 
 LossFn = Callable[[], Tensor | float]
@@ -36,7 +37,6 @@ def as_found(op: str, model: nn.Module, loss_fn: LossFn) -> Iterator[Callable[[]
     """
     if not callable(loss_fn):
         raise TypeError(f"{op}: loss_fn must be callable, got {type(loss_fn).__name__}")
-    modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     states = _random_states(devices)
 
@@ -45,11 +45,9 @@ def as_found(op: str, model: nn.Module, loss_fn: LossFn) -> Iterator[Callable[[]
         return loss_fn()
 
     try:
-        model.eval()
-        yield call
+        with evaluating(model):
+            yield call
     finally:
-        for module, training in modes:
-            module.training = training
         _set_random_states(states)
 
 

@@ -1,7 +1,6 @@
 """The weights that a landscape is seen over, and what is added to each of them at a point."""
 
 import itertools
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +163,11 @@ class Weight:
     def _shifted(self, weight: Tensor, shift: Shift, row: int, col: int) -> Tensor:
         matrix = _dense(weight if weight.dim() else weight.view(1))
         if self.rows.columns:
-            return self._shifted_columns(matrix, shift).view(weight.shape)
+            noisy = matrix.clone()
+            noises = list(zip(shift.scales, shift.keys, strict=True))
+            folded = noisy.view(self._matrix_shape())
+            self.rows.perturb_columns_(folded, noises, elementwise=shift.elementwise)
+            return noisy.view(weight.shape)
         matrix = self.rows.fold(matrix)
         scales = shift.scales[:, row : row + matrix.shape[0]].contiguous()
         place = {"row_offset": row, "col_offset": col}
@@ -172,27 +175,6 @@ class Weight:
             return ops.perturb_plane(matrix, scales, shift.keys, **place).view(weight.shape)
         place["elementwise"] = shift.elementwise
         return ops.perturb(matrix, scales[0], shift.keys[0], **place).view(weight.shape)
-
-    def _shifted_columns(self, weight: Tensor, shift: Shift) -> Tensor:
-        """Of a weight whose rows are columns, which kernels have no scales for: in panels."""
-        noisy = weight.clone()
-        matrix = noisy.view(self._matrix_shape())
-        groups, width = self.rows.columns, self.rows.width
-        scales = torch.where(shift.scales.isfinite(), shift.scales, 0.0)
-        scales = scales.view(len(scales), groups, -1).repeat_interleave(width, dim=2)
-        rows, cols = matrix.shape[0] // groups, matrix.shape[1]
-        step = max(_PANEL // max(cols, 1), 1)
-        for group in range(groups):
-            for begin in range(group * rows, (group + 1) * rows, step):
-                panel = matrix[begin : min(begin + step, (group + 1) * rows)]
-                e = 0.0
-                for scale, key in zip(scales[:, group], shift.keys, strict=True):
-                    e = e + ops.noise(len(panel), cols, key, row_offset=begin) * scale
-                if shift.elementwise:
-                    e = e * panel.abs()
-                total = (panel + e).to(panel.dtype)
-                panel.copy_(torch.where(total.isfinite() & panel.isfinite(), total, panel))
-        return noisy
 
     def noise(self, shift: Shift, dtype: torch.dtype) -> Tensor:
         """e of a quantised weight [m, n], whose elements stay as they are stored."""
@@ -205,12 +187,11 @@ class Weight:
 
 def _dense(weight: Tensor) -> Tensor:
     """As the ops take it: a copy only of what is laid out otherwise."""
-    if weight.dim() == 2 and (weight.shape[1] <= 1 or weight.stride(1) == 1):
-        return (
-            weight
-            if weight.shape[0] <= 1 or weight.stride(0) >= weight.shape[1]
-            else (weight.contiguous())
-        )
+    if weight.dim() == 2:
+        rows, cols = weight.shape
+        along = cols <= 1 or weight.stride(1) == 1
+        if along and (rows <= 1 or weight.stride(0) >= cols):
+            return weight
     return weight.contiguous()
 
 
@@ -242,16 +223,14 @@ def find_weights(
             )
         targets, skipped = collect(op, model, "full", strategy)
     if not targets:
-        hint = (
-            ""
-            if scope != "merged"
-            else (
+        hint = ""
+        if scope == "merged":
+            hint = (
                 "; see flatkern.nn.replace_linear and flatkern.integrations.peft.attach, or take "
                 "scope='full'"
             )
-        )
         raise ValueError(f"{op}: model must have weights in scope {scope!r}, got none{hint}")
-    registry.require_free(op, SimpleNamespace(_targets=targets))
+    registry.require_free(op, targets)
     for target in targets:
         for site in target.layers:
             site.require_closed(op)

@@ -114,7 +114,8 @@ def noisy_part(
             total = weight.shape[0] * per
             for matrix, first in zip(parts, offsets, strict=True):
                 where = {"first": first, "total": total}
-                rows.perturb_columns_(matrix, window.row_scale, window.key, **where, **options)
+                noises = [(window.row_scale, window.key)]
+                rows.perturb_columns_(matrix, noises, **where, **options)
         elif parts:
             keys = [window.key] * len(parts)
             ops.foreach_perturb_(parts, scales, keys, row_offsets=offsets, checked=True, **options)
@@ -148,9 +149,8 @@ def _traced(window: Any | None, weight: Tensor) -> Tensor:
         flat = _matrix(weight, per)
         return ops.perturb(flat, window.row_scale, window.key, **options).view(weight.shape)
     matrix = _matrix(weight, per)
-    return rows.perturbed_columns(
-        matrix, window.row_scale, window.key, elementwise=window.elementwise
-    ).view(weight.shape)
+    noises = [(window.row_scale, window.key)]
+    return rows.perturbed_columns(matrix, noises, window.elementwise).view(weight.shape)
 
 
 class _Noisy(torch.autograd.Function):

@@ -182,7 +182,7 @@ class ColumnSnapshot(Snapshot):
         """In panels of bounded size; element by element as the kernels do."""
         row_scale, key = self.noise.tensors
         options = {"elementwise": self.noise.elementwise}
-        self._rows.perturb_columns_(weight, row_scale, key, **options)
+        self._rows.perturb_columns_(weight, [(row_scale, key)], **options)
 
 
 class Residual(Keeper):

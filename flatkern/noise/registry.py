@@ -20,17 +20,18 @@ def unregister(noise: Any) -> None:
     _OPEN.discard(noise)
 
 
-def require_free(op: str, noise: Any) -> None:
-    """RuntimeError if another object has a window open on a weight of this one."""
+def require_free(op: str, targets: list[Any], owner: Any = None) -> None:
+    """RuntimeError if another object than the owner has a window open on one of the weights."""
     if not _OPEN:
         return
-    own = {(id(module), part): target.name for target, module, part in _held(noise)}
+    own = {(id(module), part): target.name for target, module, part in _held(targets)}
     for other in _OPEN:
-        for _, module, part in _held(other) if other is not noise else ():
+        for _, module, part in _held(other._targets) if other is not owner else ():
             if (id(module), part) in own:
                 raise RuntimeError(
                     f"{op}: open on {own[id(module), part]} inside a noise window of another "
-                    f"{op}; close that one first: flatkern.close(model) does, whoever opened it"
+                    "WeightNoise; close that one first: flatkern.close(model) does, whoever opened "
+                    "it"
                 )
 
 
@@ -67,12 +68,12 @@ def close(model: nn.Module, *, discard: bool = False) -> None:
     _check.kinds("close", nn.Module, model=model)
     modules = set(map(id, model.modules()))
     for noise in list(_OPEN):
-        if any(id(module) in modules for _, module, _ in _held(noise)):
+        if any(id(module) in modules for _, module, _ in _held(noise._targets)):
             noise.discard() if discard else noise.abandon()
 
 
-def _held(noise: Any) -> Any:
-    """(target, module, parameter name) of every weight in scope."""
-    for target in noise._targets:
+def _held(targets: list[Any]) -> Any:
+    """(target, module, parameter name) of every holder of the weights."""
+    for target in targets:
         for module, part in target.owners:
             yield target, module, part

@@ -1,5 +1,7 @@
 """Which elements of a weight are a row: those that share one scale."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from flatkern.nn.layouts import is_stack, is_transposed, transposed_blocks
 _BY_ROW = ("row", "flat_lora", "fisher")
 # Elements of noise that are made at a time where kernels cannot add it: 4 MiB.
 _PANEL = 2**20
+Noises = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,7 @@ class Rows:
     def perturb_columns_(
         self,
         matrix: Tensor,
-        row_scale: Tensor,
-        key: Tensor,
+        noises: Noises,
         *,
         elementwise: bool = False,
         first: int = 0,
@@ -70,32 +72,37 @@ class Rows:
 
         Args:
             matrix: rows `first` and following of all `total` of the matrix that noise sees.
-            row_scale: c of the whole weight.
-            key, elementwise: as in `flatkern.ops.perturb_`.
+            noises: (c of the whole weight, key) of each noise; their sum is added.
+            elementwise: as in `flatkern.ops.perturb_`.
         """
         total = matrix.shape[0] if total is None else total
-        scales, own = self._column_scales(row_scale), total // self.columns
+        groups, own = self._by_group(noises), total // self.columns
         step = max(_PANEL // max(matrix.shape[1], 1), 1)
         begin, last = first, first + matrix.shape[0]
         while begin < last:
             group = begin // own
             end = min(begin + step, (group + 1) * own, last)
             panel = matrix.detach()[begin - first : end - first]
-            panel.copy_(_noisy_panel(panel, scales[group], key, begin, elementwise))
+            panel.copy_(_noisy_panel(panel, groups[group], begin, elementwise))
             begin = end
 
     def perturbed_columns(
-        self, matrix: Tensor, row_scale: Tensor, key: Tensor, elementwise: bool = False
+        self, matrix: Tensor, noises: Noises, elementwise: bool = False
     ) -> Tensor:
         """The same of a whole matrix as a new tensor, for compilers and torch.func."""
-        groups = zip(matrix.chunk(self.columns), self._column_scales(row_scale), strict=True)
+        groups = zip(matrix.chunk(self.columns), self._by_group(noises), strict=True)
         own = matrix.shape[0] // self.columns
         return torch.cat(
             [
-                _noisy_panel(panel, scale, key, i * own, elementwise)
-                for i, (panel, scale) in enumerate(groups)
+                _noisy_panel(panel, noises, i * own, elementwise)
+                for i, (panel, noises) in enumerate(groups)
             ]
         )
+
+    def _by_group(self, noises: Noises) -> list[Noises]:
+        """For each group of rows: (a scale for each of the matrix's columns, key) of each noise."""
+        scaled = [(self._column_scales(row_scale), key) for row_scale, key in noises]
+        return [[(scales[i], key) for scales, key in scaled] for i in range(self.columns)]
 
     def _column_scales(self, row_scale: Tensor) -> Tensor:
         """[columns, the matrix's columns]."""
@@ -112,12 +119,11 @@ class Rows:
         return shape[-1] if self.stacked else shape[1:].numel()
 
 
-def _noisy_panel(
-    panel: Tensor, scale: Tensor, key: Tensor, begin: int, elementwise: bool
-) -> Tensor:
-    """What `perturb` gives, with a scale for each column."""
+def _noisy_panel(panel: Tensor, noises: Noises, begin: int, elementwise: bool) -> Tensor:
+    """What `perturb` (of two noises `perturb_plane`) gives, with a scale for each column."""
     rows, cols = panel.shape
-    e = ops.noise(rows, cols, key, row_offset=begin) * scale
+    terms = [ops.noise(rows, cols, key, row_offset=begin) * scale for scale, key in noises]
+    e = functools.reduce(torch.add, terms)
     if elementwise:
         e = e * panel.abs()
     noisy = (panel + e).to(panel.dtype)

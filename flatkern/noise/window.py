@@ -168,7 +168,7 @@ class WeightNoise:
         key = NoiseKey(self._seed, step, draw_word(_OP, draw, self._ranks))
         sigma_t = self._sigma_at(step)
         mode = mode_for(_OP, self._mode, micro_batches, self._targets)
-        registry.require_free(_OP, self)
+        registry.require_free(_OP, self._targets, self)
         self._weights.check()
         self._open = _Open(step, sigma_t, advances, mode)
         try:
