@@ -123,6 +123,6 @@ def check_above_zero(name: str, **values: float) -> None:
     """TypeError or ValueError unless every named value is a finite number above 0."""
     for argument, value in values.items():
         _check.kinds(name, (float, int), **{argument: value})
-        _check.finite(name, argument, value, minimum=0.0)
-        if value == 0:
+        _check.finite(name, argument, value)
+        if not value > 0:
             _check.refuse(name, argument, "above 0", value)

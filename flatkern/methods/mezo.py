@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from flatkern import ops
 from flatkern.methods import _rounding
 from flatkern.methods._contexts import kept
-from flatkern.methods._seeded import Seeded, real_parts
+from flatkern.methods._seeded import Seeded, check_above_zero, real_parts
 from flatkern.methods.base import LossFn
 from flatkern.nn.calibration import evaluating
-from flatkern.ops import _check
 
 
 class ForwardOnly(Seeded):
@@ -87,10 +86,7 @@ class MeZO(ForwardOnly):
             TypeError, ValueError: see `Method`; an option of the wrong kind or value.
         """
         super().__init__(model, optimizer, seed=seed, **options)
-        _check.kinds("MeZO", (float, int), mu=mu)
-        _check.finite("MeZO", "mu", mu)
-        if not mu > 0:
-            _check.refuse("MeZO", "mu", "above 0", mu)
+        check_above_zero("MeZO", mu=mu)
         self.mu = mu
 
     def gradient(self, loss_fn: LossFn, batches: Sequence[Any]) -> float:
