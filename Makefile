@@ -35,7 +35,7 @@ demo: setup
 
 # By file, because some files compile for all of their tests at once; in the order of tests/conftest.py.
 test: setup
-	@echo "10 to 15 minutes on two quiet cores."
+	@echo "About 15 minutes on two quiet cores."
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
 	    --no-loadscope-reorder
 

@@ -259,6 +259,11 @@ def gate(op: str, i: Inputs) -> None:
         slack = NOISE_BULK * c.double()[:, None]
         ops.perturb_(weight, c, i.key)
         within(weight, noisy, slack + step(noisy, weight.dtype), op)
+        if op == "perturb":
+            other = flatkern.NoiseKey(seed=1, step=2, draw=1, tensor=3).to(weight.device)
+            exact = i.weight.double() + e + c[:, None] * ops.noise(rows, cols, other)
+            plane = ops.perturb_plane(i.weight, torch.stack((c, c)), torch.stack((i.key, other)))
+            within(plane, exact, 2 * slack + step(exact, weight.dtype), "perturb_plane")
         if op == "restore":
             ops.restore_(weight, c, i.key)
             largest = torch.maximum(i.weight.abs(), noisy.abs())
