@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -145,8 +146,8 @@ def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
         for name, registers, stack in re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage)
     }
     reports = []
-    for symbol, lines in parse(text).items():
-        name = demangle(symbol)
+    functions = parse(text)
+    for name, (symbol, lines) in zip(demangled(functions), functions.items(), strict=True):
         hot, is_loop = hot_part(lines)
         size = element_bytes or stored_bytes(name)
         elements = wide_bytes(hot) // size
@@ -186,13 +187,15 @@ def _run(name: str, *arguments: str, **options: Any) -> str:
     return run.stdout
 
 
-def demangle(symbol: str) -> str:
-    """`name<template arguments>` of a C++ symbol, namespaces left out; others as they are."""
-    if not symbol.startswith("_Z") or shutil.which("c++filt") is None:
-        return symbol
-    name = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout
-    name = re.sub(r"\(.*", "", name.strip()).removeprefix("void ")
-    return re.sub(r"\w+::", "", name)
+def demangled(symbols: Iterable[str]) -> list[str]:
+    """`name<template arguments>` of C++ symbols, namespaces left out; others as they are."""
+    symbols = list(symbols)
+    if shutil.which("c++filt") is None:
+        return symbols
+    names = "\n".join(symbols)
+    run = subprocess.run(["c++filt"], input=names, check=True, capture_output=True, text=True)
+    found = [re.sub(r"\(.*", "", name).removeprefix("void ") for name in run.stdout.splitlines()]
+    return [re.sub(r"\w+::", "", name) for name in found]
 
 
 def stored_bytes(name: str) -> int:
@@ -202,15 +205,26 @@ def stored_bytes(name: str) -> int:
     return sizes[found[-1]] if found else 4
 
 
-def analyse_file(file: Path) -> list[Report]:
-    """Reports of all kernels in a cubin, or in a shared object's cubins."""
+def analyse_file(file: Path, archs: Iterable[int] | None = None) -> list[Report]:
+    """Reports of all kernels in a cubin, or in a shared object's cubins (of `archs` alone)."""
     if file.suffix == ".cubin":
         return analyse(file)
     with tempfile.TemporaryDirectory() as folder:
         _run("cuobjdump", "-xelf", "all", str(file.resolve()), cwd=folder)
-        return [
-            report for cubin in sorted(Path(folder).glob("*.cubin")) for report in analyse(cubin)
-        ]
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        if archs is not None:
+            cubins = [cubin for cubin in cubins if arch_of(cubin) in archs]
+        return [report for cubin in cubins for report in analyse(cubin)]
+
+
+def archs_of(file: Path) -> set[int]:
+    """The architectures that a shared object has cubins for."""
+    return {int(arch) for arch in re.findall(r"\.sm_(\d+)", _run("cuobjdump", "-lelf", str(file)))}
+
+
+def arch_of(cubin: Path) -> int:
+    """By the name that cuobjdump gave it."""
+    return int(re.search(r"\.sm_(\d+)", cubin.name)[1])
 
 
 def table(reports: list[Report]) -> str:

@@ -1,5 +1,6 @@
 """What nvdisasm prints, and the ways through it."""
 
+import functools
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -167,6 +168,7 @@ def fused_products(lines: list[Line]) -> list[str]:
     return [found[at] for at in sorted(found)]
 
 
+@functools.cache
 def _registers(text: str) -> tuple[set[str], set[str]]:
     """Registers that an instruction writes; those that it multiplies, or reads at all."""
     operation, _, operands = text.partition(" ")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock  # torch needs it
 
 ROOT = Path(__file__).parents[2]
 CPP = ROOT / "tests" / "cpp"
@@ -36,17 +37,18 @@ pytestmark = [
 
 
 def objects_folder(tmp_path_factory) -> Path:
-    """One for all tests, so that each source is compiled once."""
-    folder = tmp_path_factory.getbasetemp() / "emulated"
+    """One for all tests of all workers, so that each source is compiled once."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "emulated"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
     target = folder / f"{source.name}.o"
-    if target.exists():
-        return target
-    subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
     return target
 
 

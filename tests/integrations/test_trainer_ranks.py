@@ -3,11 +3,11 @@
 import socket
 
 import pytest
-import torch.multiprocessing
 
 pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+import on_ranks
 import trainer_ranks
 
 
@@ -18,14 +18,7 @@ def folder(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.start_processes(
-            trainer_ranks.run_rank,
-            (folder, port),
-            nprocs=trainer_ranks.WORLD,
-            start_method="spawn",
-        )
+    on_ranks.spawn(trainer_ranks.run_rank, trainer_ranks.WORLD, folder, port)
     return folder
 
 

@@ -88,10 +88,10 @@ CHECKS = {name: value for name, value in globals().items() if name.startswith("c
 del CHECKS["check_method"]
 
 
-def run_rank(rank, folder, port):
+def run_rank(rank, world, folder, port):
     """Run the checks; leave what went wrong on this rank in a file for each."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, check in CHECKS.items():
         try:

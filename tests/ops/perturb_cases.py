@@ -1,5 +1,6 @@
 """Weights, keys and expectations that the tests of perturb share."""
 
+import few
 import oracle
 import tolerances
 import torch
@@ -8,6 +9,7 @@ import flatkern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 7), (2, 8), (7, 9), (4, 16), (33, 129), (3, 1000), (2, 8230), (40, 515)]
+SHAPES = few.cases(3, SHAPES)
 KEY = (3, 14, 15, 92)
 OFFSETS = {"row_offset": 2**32 - 4500, "col_offset": 2**33 + 7}
 SENTINEL = 123.0

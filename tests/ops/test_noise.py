@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import few
 import oracle
 import pytest
 import scipy.stats
@@ -322,7 +323,7 @@ def test_slices_and_shards_have_the_bits_of_the_whole(device, op):
     origin = {"row_offset": 2**31 - 11, "col_offset": 2**33 - 30}
     whole = op(37, 61, key, **origin)
     draw = random.Random(4)
-    for _ in range(80):
+    for _ in range(few.trials(80)):
         top, left = draw.randrange(37), draw.randrange(61)
         rows, cols = draw.randrange(1, 38 - top), draw.randrange(1, 62 - left)
         part = op(

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import few
 import pytest
 import tolerances
 import torch
@@ -37,7 +38,7 @@ def test_without_bias_or_adapters(device, bias, rank):
 
 def test_random_problems(device):
     draw = random.Random(31)
-    for trial in range(60):
+    for trial in range(few.trials(60)):
         dtype = draw.choice(DTYPES)
         tensors, scale = make(
             draw.choice([1, 2, 3, 8, 31, 64]),

@@ -1,6 +1,7 @@
 """noisy_linear: layouts, scratch, what is saved, autocast and threads."""
 
 import concurrent.futures
+import contextlib
 import gc
 import itertools
 
@@ -135,13 +136,20 @@ def test_backward_uses_the_implementation_of_its_forward(implementation, device,
         assert torch.equal(x.grad, noisy), other
 
 
-def tensors_alive(numel):
-    gc.collect()
-    return [
-        candidate
-        for candidate in gc.get_objects()
-        if issubclass(type(candidate), torch.Tensor) and candidate.numel() >= numel
-    ]
+@contextlib.contextmanager
+def new_tensors(numel):
+    """What lists the tensors of at least so many elements that were made since and are alive."""
+    gc.freeze()  # What is there now is not listed any more.
+
+    def made():
+        gc.collect()
+        objects = gc.get_objects()
+        return [x for x in objects if issubclass(type(x), torch.Tensor) and x.numel() >= numel]
+
+    try:
+        yield made
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("asks", [False, True], ids=["frozen", "weight asks"])
@@ -156,16 +164,18 @@ def test_nothing_of_the_weights_size_is_saved(device, rank, asks):
         saved.append(tensor)
         return tensor
 
-    alive = {id(tensor) for tensor in tensors_alive(m * n)}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        new_tensors(m * n) as made,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         y = flatkern.ops.noisy_linear(*inputs.values(), 2.0, scale.to(device), make_key(device))
+        new = [tensor for tensor in made() if tensor.data_ptr() != inputs["weight"].data_ptr()]
     assert saved
     pointer = inputs["weight"].data_ptr()
     for tensor in saved:
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         assert tensor.data_ptr() == pointer or size < m * n
     # Nor kept outside autograd's sight, on a context or in a cache.
-    new = [t for t in tensors_alive(m * n) if id(t) not in alive and t.data_ptr() != pointer]
     assert not new
     y.sum().backward()
     assert inputs["x"].grad is not None

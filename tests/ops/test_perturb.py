@@ -6,6 +6,7 @@ noise, which test_noise.py holds against the specification.
 
 import random
 
+import few
 import oracle
 import pytest
 import tolerances
@@ -39,7 +40,7 @@ def test_rounds_once(implementation, device, shape, dtype, elementwise):
 
 def test_rounds_once_at_random_shapes_and_offsets(implementation, device):
     draw = random.Random(8)
-    for trial in range(60):
+    for trial in range(few.trials(60)):
         shape = draw.randrange(1, 12), draw.randrange(1, 90)
         weight, scale = make(shape, draw.choice(DTYPES), device, seed=trial)
         key = make_key(device, tuple(draw.randrange(2**32) for _ in range(4)))

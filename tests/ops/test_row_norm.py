@@ -2,6 +2,7 @@
 
 import itertools
 
+import few
 import oracle
 import pytest
 import tolerances
@@ -11,6 +12,7 @@ import flatkern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 7), (5, 3), (3, 8), (7, 9), (4, 33), (65, 127), (9, 1000), (3, 4097)]
+SHAPES = few.cases(3, SHAPES)
 
 
 def make(m, n, dtype, rank=None, adapter_dtype=torch.float32, device="cpu", seed=0):
