@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -186,7 +187,7 @@ def check(parts: Parts, rehearse: bool, folder: Path) -> None:
         required = "reference"
     else:
         tests += [*TESTS, "-k", TOUCHES_A_GPU]
-        if _has_module("xdist"):
+        if find_spec("xdist"):
             # By file, because some files compile for all of their tests at once.
             tests += ["-n", str(os.cpu_count() or 1), "--dist", "loadfile"]
     exercise = [PYTHON, "-m", "bench.gpu_ops", "--exercise"]
@@ -201,10 +202,9 @@ def check(parts: Parts, rehearse: bool, folder: Path) -> None:
             FLATKERN_TEST_REQUIRE=required,
             **threads,
         )
-        for backend in FLATKERN:
-            if rehearse:
-                command = [*exercise, "--device", "cpu", "--backend", "reference"]
-                pool.submit(parts.run, f"exercise {backend}", command, 120)
+        if rehearse:
+            command = [*exercise, "--device", "cpu", "--backend", "reference"]
+            pool.submit(parts.run, "exercise", command, 120)
         for tool in SANITIZERS:
             if (sanitizer := shutil.which("compute-sanitizer") or _toolkit_sanitizer()) is None:
                 parts.skip(tool, "compute-sanitizer was not found")
@@ -226,10 +226,6 @@ def check(parts: Parts, rehearse: bool, folder: Path) -> None:
                 )
 
 
-def _has_module(name: str) -> bool:
-    return subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True).returncode == 0
-
-
 def _toolkit_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
@@ -240,6 +236,8 @@ def measure(parts: Parts, rehearse: bool, folder: Path) -> dict[Cell, dict]:
     # Compiling proves nothing about the GPU's half.
     env = {"TORCHDYNAMO_DISABLE": "1"} if rehearse else {}
     groups = {backend: (backend,) for backend in FLATKERN} | {"baselines": (*BASELINES, "gemm")}
+    if rehearse:
+        groups = {"all": tuple(name for group in groups.values() for name in group)}
     for name, providers in groups.items():
         command = [PYTHON, "-m", "bench.gpu_ops", "--out", str(rows)]
         if rehearse:
@@ -259,7 +257,7 @@ def measure(parts: Parts, rehearse: bool, folder: Path) -> dict[Cell, dict]:
 def script(name: str, parts: Parts, rehearse: bool, folder: Path) -> tuple[str, dict]:
     """The table and the numbers of `python -m bench.<name>`; none if it did not finish."""
     options, limit, needed = SCRIPTS[name]
-    absent = [module for module in needed if not _has_module(module)]
+    absent = [module for module in needed if find_spec(module) is None]
     if absent:
         parts.skip(name, f"needs {' and '.join(absent)}")
         return "not run", {}

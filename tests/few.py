@@ -1,13 +1,13 @@
 """Fewer cases where Triton's interpreter computes them: it takes a hundred times as long."""
 
-from flatkern import _machine
+from flatkern._machine import TRITON_INTERPRETED as INTERPRETED
 
 
 def cases(every, some):
     """Each `every`-th of `some` under the interpreter, else all."""
-    return some[::every] if _machine.TRITON_INTERPRETED else some
+    return some[::every] if INTERPRETED else some
 
 
 def trials(count):
     """A fifth under the interpreter."""
-    return count // 5 if _machine.TRITON_INTERPRETED else count
+    return count // 5 if INTERPRETED else count

@@ -161,7 +161,7 @@ def test_scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(parts, "run", run)
     assert gpu.script("step", parts, False, tmp_path) == ("table", {"rows": [1]})
-    monkeypatch.setattr(gpu, "_has_module", lambda name: name != "peft")
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "peft" else name)
     assert gpu.script("llama", parts, False, tmp_path) == ("not run", {})
     assert (parts.done[-1]["status"], parts.done[-1]["detail"]) == ("not run", "needs peft")
     assert [command[1:3] for command in commands] == [["-m", "bench.step"]]

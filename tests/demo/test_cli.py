@@ -121,9 +121,8 @@ def test_missing_extras_are_named_with_what_to_install(
 
 
 COMMANDS = {
-    "import": "import flatkern",
-    "doctor": "from flatkern import cli; cli.main(['doctor'])",
-    "help": "from flatkern import cli\ntry: cli.main(['demo', '--help'])\nexcept SystemExit: pass",
+    "doctor and help": "from flatkern import cli; cli.main(['doctor'])\n"
+    "try: cli.main(['demo', '--help'])\nexcept SystemExit: pass",
     "layers": "import torch, flatkern, tempfile\n"
     "from flatkern.nn import replace_linear, save_adapter\n"
     "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"

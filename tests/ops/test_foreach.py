@@ -3,6 +3,7 @@
 Those are held against the specification by their own tests; here every bit is that of the loop.
 """
 
+import few
 import pytest
 import tolerances
 import torch
@@ -15,6 +16,7 @@ OPS = torch.ops.flatkern
 INPLACE = ("perturb_", "restore_")
 # Many small ones, empty ones, one that is cut into blocks.
 SHAPES = [(5, 7), (0, 4), (33, 129), (3, 0), (1, 1), (2, 8230), (16, 16), (9, 40), (4, 1)]
+SHAPES = [s for s in SHAPES if s != (2, 8230)] if few.INTERPRETED else SHAPES
 
 
 class Model:

@@ -12,7 +12,7 @@ import flatkern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 5), (3, 8), (7, 9), (33, 129), (6, 1003), (2, 4130)]
-SHAPES = few.cases(3, SHAPES)
+SHAPES = few.cases(4, SHAPES)
 KEY = (8, 5, 1, 2)
 
 
