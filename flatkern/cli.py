@@ -1,4 +1,4 @@
-"""The command line: `flatkern doctor`, `bench`, `landscape`, `demo`, `study`; or `python -m flatkern`."""
+"""The command line, `flatkern COMMAND` or `python -m flatkern COMMAND`."""
 
 import argparse
 import importlib.util

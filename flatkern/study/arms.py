@@ -10,6 +10,8 @@ LABELS = {"clean": 0.0, "30 % flipped": 0.3}
 LR, RANK = 5e-4, 8
 SEEDS, QUICK_SEEDS = 5, 2
 PLAIN, STOPPED, FLAT = "LoRA", "LoRA, early stopping", "Flat-LoRA (W)"
+# Those of the question that the study is about; with plain LoRA comes early stopping.
+MAIN = (PLAIN, "LoRA + dropout", FLAT, "SAM (W)")
 # Adapters of other kinds or starts: their arms have these names, and Flat-NAME.
 KINDS = {
     "PiSSA": ("pissa", LR),
@@ -98,9 +100,11 @@ class Cell:
 
 
 def cells(arms: list[Arm], tasks: list[str], labels: list[str], seeds: int) -> Iterator[Cell]:
-    """Seed by seed, so that a study which stops early has whole seeds."""
-    for seed in range(seeds):
-        for task in tasks:
-            for given in labels:
-                for arm in arms:
-                    yield Cell(task, given, seed, arm)
+    """The main arms on every seed, then the others seed by seed: a study may stop early."""
+    for main in (True, False):
+        for seed in range(seeds):
+            for task in tasks:
+                for given in labels:
+                    for arm in arms:
+                        if (arm.name in MAIN) == main:
+                            yield Cell(task, given, seed, arm)

@@ -14,12 +14,12 @@ from tabulate import tabulate
 
 import flatkern
 from flatkern.study import statistics
-from flatkern.study.arms import FLAT, PLAIN
+from flatkern.study.arms import FLAT, MAIN, PLAIN, STOPPED
 from flatkern.study.corrupt import IMAGE_KINDS, SEVERITIES, TEXT_KINDS
 from flatkern.study.store import Store
 from flatkern.study.train import FLATNESS
 
-_MAIN = (PLAIN, "LoRA + dropout", "LoRA, early stopping", FLAT, "SAM (W)")
+_MAIN = (*MAIN, STOPPED)
 # Okabe and Ito's colours.
 _COLORS = ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#E69F00")
 
@@ -65,15 +65,15 @@ def _page(
     counted = ", ".join(f"{task}, {labels}: {n}" for (task, labels), n in seeds.items())
     parts = [
         f"# {command}",
-        f"{len(cells)} cells, {cells['seconds'].sum() / 3600:.1f} hours of one core. Seeds: {counted}. "
-        f"flatkern {flatkern.__version__}, torch {torch.__version__}, Python "
+        f"{len(cells)} cells, {cells['seconds'].sum() / 3600:.1f} hours of one core. Seeds: "
+        f"{counted}. flatkern {flatkern.__version__}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {platform.machine()}, one thread a cell. Sizes: "
         f"{json.dumps(conditions)}.",
-        "Accuracies and macro F1 in percent, mean ± standard deviation over seeds. The value of an arm "
-        "is the one with the best mean validation accuracy (true labels); the test sets were not "
-        f"read. Flatness: mean rise of the held-out loss around the merged weights, {FLATNESS}. "
-        "vs LoRA: paired by seed, percentage points with 95 % t-intervals; p after Holm's correction "
-        f"over all {len(comparisons)} comparisons. Frozen weights that changed: "
+        "Accuracies and macro F1 in percent, mean ± standard deviation over seeds. The value of an "
+        "arm is the one with the best mean validation accuracy (true labels); the test sets were "
+        f"not read. Flatness: mean rise of the held-out loss around the merged weights, {FLATNESS}. "
+        "vs LoRA: paired by seed, percentage points with 95 % t-intervals; p after Holm's "
+        f"correction over all {len(comparisons)} comparisons. Frozen weights that changed: "
         f"{cells['changed'].sum()}.",
         "## Arms, each at the value that validation chose",
         _main(chosen, comparisons, "github"),
@@ -85,7 +85,8 @@ def _page(
         _severity_table(_severities(rows, chosen)),
         "## Flatness and generalisation",
         "Spearman's rank correlation over all cells of a task and labelling, each less its seed's "
-        "mean. Flat is good if a rise goes with lower accuracy (negative) and higher loss (positive).",
+        "mean. Flat is good if a rise goes with lower accuracy (negative) and a higher loss "
+        "(positive).",
         _github(statistics.correlations(cells)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -136,6 +136,7 @@ def correlations(cells: pd.DataFrame) -> pd.DataFrame:
                     group[name] - group.groupby("seed")[name].transform("mean")
                     for name in (flatness, result)
                 ]
-                row[result] = stats.spearmanr(*centred).statistic if len(group) > 2 else np.nan
+                varies = all(np.ptp(values) > 0 for values in centred)
+                row[result] = stats.spearmanr(*centred).statistic if varies else np.nan
             rows.append(row | {"cells": len(group)})
     return pd.DataFrame(rows)

@@ -49,8 +49,11 @@ def run(cell: Cell, quick: bool) -> list[dict[str, Any]]:
     def measured(name: str, value: str) -> dict[str, Any]:
         row = {
             "key": Cell(cell.task, cell.labels, cell.seed, Arm(name, value)).key,
-            **{"task": cell.task, "labels": cell.labels, "seed": cell.seed},
-            **{"arm": name, "value": value},
+            "task": cell.task,
+            "labels": cell.labels,
+            "seed": cell.seed,
+            "arm": name,
+            "value": value,
             "weights_changed": frozen.changed(),
             "validation": _figures(*predict(model, task.validation)),
             "train": _figures(*predict(model, training)),
