@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
 from tqdm import tqdm
@@ -64,16 +65,15 @@ def _run(todo: list[Cell], store: Store, quick: bool, jobs: int) -> None:
 
 def _results(todo: list[Cell], quick: bool, jobs: int) -> Iterator[list[dict[str, Any]]]:
     """In the order in which they are done."""
-    if jobs == 1:
-        for cell in todo:
-            yield train.run(cell, quick)
+    task = functools.partial(train.run, quick=quick)
+    if jobs == 1 or len(todo) < 2:
+        yield from map(task, todo)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(todo) or 1), mp_context=context) as pool:
-        futures: list[Future] = [pool.submit(train.run, cell, quick) for cell in todo]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    # Leaving it, by Ctrl-C too, ends the processes.
+    with multiprocessing.get_context("spawn").Pool(jobs, _start_worker) as pool:
+        yield from pool.imap_unordered(task, todo)
+
+
+def _start_worker() -> None:
+    # The first process tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -121,32 +121,6 @@ def test_a_study_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     assert study(tmp_path, "--report") == 0
 
 
-def test_several_processes_get_every_cell(tmp_path, monkeypatch):
-    from flatkern.study import run
-
-    class Pool:
-        def __init__(self, jobs, mp_context):
-            assert jobs == 2
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, function, *arguments):
-            from concurrent.futures import Future
-
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(run, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(train, "run", lambda cell, quick: [cell.key])
-    cells = list(arms.cells(arms.quick_arms(), ["text"], ["clean"], 2))
-    assert sorted(map(str, run._results(cells, True, 2))) == sorted(str([c.key]) for c in cells)
-
-
 @pytest.mark.parametrize("arm", [PLAIN, "SAM (W)"])
 def test_the_order_has_the_main_arms_first_and_every_cell_once(arm):
     cells = list(arms.cells(arms.all_arms(), list(arms.TASKS), list(arms.LABELS), 3))
