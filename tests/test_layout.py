@@ -26,15 +26,16 @@ LEVELS = {
     "baselines": 5,
     "microbench": 5,
     "landscape_command": 5,
-    "cli": 5,
+    "cli": 6,
     "demo": 5,
-    "__main__": 6,
-    "__init__": 6,
+    "study": 6,
+    "__main__": 7,
+    "__init__": 7,
 }
 IMPLEMENTATIONS = ("reference", "triton", "_C")
 # Private modules at the top (_backend, _machine, _noise and others) carry no part of the
 # meaning and may be used anywhere; of the rest they may know the extension that they load.
-THIRD_PARTY = ("integrations", "demo", "cli", "landscape_command")
+THIRD_PARTY = ("integrations", "demo", "study", "cli", "landscape_command")
 ALLOWED_THIRD_PARTY = {
     "triton": {"triton"},
     "nn": {"safetensors"},

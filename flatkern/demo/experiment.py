@@ -1,7 +1,6 @@
 """One training run: a recipe, a seed, and everything that is measured about the result."""
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from flatkern._bits import count_changed
 from flatkern.demo.data import epoch_order
 from flatkern.demo.model import Batch, Encoded, TopLayers
 from flatkern.demo.settings import Recipe
+from flatkern.methods.base import keywords_of
 
 RANK, ALPHA = 8, 16
 BATCH = 32
@@ -68,16 +68,21 @@ def make_method(model: nn.Module, recipe: Recipe, seed: int) -> flatkern.methods
     options = dict(recipe.options)
     if recipe.sigma:
         options["sigma"] = recipe.sigma
-    if "seed" in inspect.signature(method).parameters:
+    if "seed" in keywords_of(method):
         options["seed"] = seed
     return method(model, optimizer, **options)
 
 
 def train_epochs(
-    model: TopLayers, method: object, data: Encoded, epochs: int, seed: int
+    model: nn.Module,
+    method: flatkern.methods.Method,
+    data: Encoded,
+    epochs: int,
+    seed: int,
+    loss_fn: Callable[[Batch], torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, bool]]:
     """Train; after each step yield (epoch, whether the epoch ended)."""
-    loss_fn = batch_loss(model)
+    loss_fn = loss_fn or batch_loss(model)
     count = len(data.labels)
     for epoch in range(1, epochs + 1):
         order = torch.from_numpy(epoch_order(count, seed, epoch)).split(BATCH)
