@@ -20,7 +20,7 @@ from flatkern.nn.names import named_modules
 from flatkern.nn.nora import NoRALinear
 from flatkern.nn.parameter_files import SavedParameters, find_parameters, tensors_of
 from flatkern.nn.parameters import LoRAParameter
-from flatkern.nn.replace import find_lora_layers, swap
+from flatkern.nn.replace import find_lora_layers, leave_fast_paths, swap
 from flatkern.nn.saved import (
     PREFIX,
     find_saved,
@@ -88,7 +88,8 @@ def save_adapter(
         ValueError: the model has no LoRALinear, or DoRALinear layers beside others; wrong names.
 
     Warns:
-        UserWarning: trainable parameters that are not saved, by name.
+        UserWarning: trainable parameters that are not saved, by name; adapters on
+            nn.MultiheadAttention's out_proj.weight, which PEFT would not use.
     """
     from safetensors.torch import save_file
 
@@ -261,6 +262,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             for part, value in adapters[name].items():
                 getattr(layers[name], part).copy_(value)
     parameters.write(lambda name, r: _options(config, name, r))
+    leave_fast_paths(model)
     return [*targets, *parameters.places]
 
 

@@ -130,6 +130,11 @@ KINDS = {
 }
 
 
+def prefix_of(kind):
+    """Of its adapted parameters, in the model around it."""
+    return "layer.inner." if kind == "attention" else "layer."
+
+
 class Around(nn.Module):
     """PEFT adapts submodules."""
 
@@ -190,7 +195,7 @@ def dense(kind, model, plain, sigma, key):
     """The output with W + c z + s B A as dense float64 weights, in plain PyTorch."""
     _, names, _, by_row = KINDS[kind]
     own = deltas(kind, model)
-    prefix = "layer.inner." if kind == "attention" else "layer."
+    prefix = prefix_of(kind)
     weights = {}
     for name in names:
         weight = dict(plain.named_parameters())[prefix + name].double()
