@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.nn.layouts import is_stack
-from flatkern.nn.names import named_modules
+from flatkern.nn.merging import Mergeable
+from flatkern.nn.names import hint, named_modules
 from flatkern.nn.parameters import (
     LoRAParameter,
     adapt,
@@ -102,11 +103,18 @@ def parameters_named(
     for name in names:
         _check.kinds(op, str, **{argument: name})
         if not any(matches(full, name) for full in own):
+            fitting = (full for full, place in own.items() if _may_be_adapted(*place))
             raise ValueError(
                 f"{op}: {argument} must be names of parameters of the model, got {name!r}, "
-                "not found"
+                f"not found; {hint(name, fitting)}"
             )
     return {full: own[full] for full in own if any(matches(full, name) for name in names)}
+
+
+def _may_be_adapted(module: nn.Module, own: str) -> bool:
+    """Whether it is a matrix or more, and neither an nn.Linear's nor an adapter's."""
+    is_linear = isinstance(module, nn.Linear) and is_called(module)
+    return module._parameters[own].dim() > 1 and not (is_linear or isinstance(module, Mergeable))
 
 
 class SavedParameters:

@@ -385,6 +385,11 @@ def test_refusals():
 
     linear = nn.Linear(4, 4)
     refused(ValueError, "names of parameters of the model, got 'wight'", linear, ["wight"])
+    refused(ValueError, "there are none", linear, ["wight"])
+    experts = layer_kinds.Experts()
+    refused(ValueError, r"not found; did you mean gate_up_proj\?", experts, ["gate_proj"])
+    refused(ValueError, r"did you mean 0\.down_proj\?", experts, ["experts.down_proj"])
+    refused(ValueError, r"there are 0\.gate_up_proj, 0\.down_proj$", experts, ["q"])
     refused(ValueError, r"got 0\.bias \[4\]", linear, ["bias"])
     refused(ValueError, "lora_dropout must be 0", linear, ["weight"], lora_dropout=0.1)
     refused(TypeError, "ConvTranspose1d", nn.ConvTranspose1d(4, 4, 3), ["weight"])
