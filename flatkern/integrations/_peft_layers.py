@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from peft.tuners import adalora, lora
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,15 +20,6 @@ class Conv1DSite(ShownSite):
     """transformers' Conv1D, whose weight is [in, out]."""
 
     linear = True
-
-    @classmethod
-    def why_not(cls, layer: nn.Module) -> str | None:
-        """As for others; DoRA is one that can."""
-        base = layer.base_layer
-        reason = why_not_base(base, "weight")
-        if reason is None and not is_plain(base.weight):
-            reason = not_plain(base.weight)
-        return reason or why_not_variant(layer, DoraLinearVariant)
 
     def _rows(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[::-1])
@@ -51,6 +41,11 @@ class EmbeddingSite(ShownSite):
         layer = self.layer
         lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         return lora_B.t(), lora_A.t(), float(layer.scaling[name])
+
+    def _dora_operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """PEFT's magnitudes are those of the columns, over all tokens."""
+        lora_A, lora_B, scaling = self._of_adapter(name)
+        return self.weight.t().contiguous(), lora_B.t(), lora_A.t(), scaling
 
     def _base_forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         window, base = self._window, self.layer.base_layer
@@ -94,6 +89,9 @@ class ConvSite(ShownSite):
         layer = self.layer
         lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
         return lora_A.flatten(1), lora_B.flatten(1), float(layer.scaling[name])
+
+    def _by_row(self) -> Tensor:
+        return self.weight.flatten(1)
 
 
 class ParameterSite(ShownSite):
