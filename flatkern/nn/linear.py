@@ -1,6 +1,7 @@
 """A linear layer with a low-rank adapter that can see its weight through noise."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from flatkern.nn.factors import wide
 from flatkern.nn.merging import Mergeable
 from flatkern.nn.pissa import pissa_factors
 from flatkern.nn.sites import noisy_product
@@ -94,6 +96,8 @@ class LoRALinear(Mergeable):
 
     quantized = None
     linear = True
+    # Of a kind with more adapters than A and B: makes A and B of W + s B A out of all, by name.
+    products: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -226,13 +230,15 @@ class LoRALinear(Mergeable):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
+        if self.products is not None:
+            return self.products(**self.adapters())
         return self.lora_A, self.lora_B
 
     def operands(self) -> tuple[Tensor, Tensor, float]:
         """A, B and s of W + s B A, as they are: for what needs no gradient."""
         # Not through Module.__getattr__, where that is possible: a window asks every layer.
         own = self._parameters
-        plain = type(self).factors is LoRALinear.factors and "lora_A" in own and "lora_B" in own
+        plain = self.products is None and "lora_A" in own and "lora_B" in own
         lora_A, lora_B = (own["lora_A"], own["lora_B"]) if plain else self.factors()
         return lora_A, lora_B, self.scaling
 
@@ -291,19 +297,18 @@ class LoRALinear(Mergeable):
         return (result + branch * self.scaling).to(result.dtype)
 
     def _wide(self, x: Tensor) -> Tensor:
-        return x.to(self.lora_A.dtype)
+        x = x.to(self.lora_A.dtype)
+        return x if self.products is None else wide(x)
 
     @property
     def takes_shards(self) -> bool:
         """Whether `weight` may be sharded: other kinds take their scale from it in other ways."""
-        own = type(self).enter_window, type(self).factors
-        return own == (LoRALinear.enter_window, LoRALinear.factors)
+        return type(self).enter_window is LoRALinear.enter_window and self.products is None
 
     def _merge(self, clean: Tensor) -> Tensor:
         """W + s B A in float32 or wider."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         lora_A, lora_B = self.factors()
-        return clean + (lora_B.to(wide) @ lora_A.to(wide)) * self.scaling
+        return clean + (wide(lora_B) @ wide(lora_A)) * self.scaling
 
     def extra_repr(self) -> str:
         """Sizes and options, for print(model)."""

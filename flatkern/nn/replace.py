@@ -55,7 +55,7 @@ def replace_linear(
             `...ForSequenceClassification` adds to its base model; `classifier`, `score` or
             `qa_outputs` of others; timm's `get_classifier()`), which is trained.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: see `LoRALinear`.
-        layer: the kind of adapter: `LoRALinear`, `DoRALinear` or `NoRALinear`.
+        layer: the kind of adapter: `LoRALinear`, `DoRALinear`, `NoRALinear` or `BDALinear`.
         modules_to_save: names of modules, matched as targets are, that are trained whole; what
             they hold is no target.
         target_parameters: names of parameters, matched as targets are, that get a `LoRAParameter`:
@@ -64,7 +64,8 @@ def replace_linear(
             embeddings, convolutions, and nn.MultiheadAttention's "in_proj_weight" and
             "out_proj.weight". `target_modules` may then be []. Without dropout, as in
             PEFT.
-        kind: that kind's own options: NoRALinear's r_inner, DoRALinear's renorm.
+        kind: that kind's own options: NoRALinear's r_inner, DoRALinear's renorm,
+            BDALinear's square.
 
     Returns:
         the full names of the replaced layers, then of the adapted parameters, in the model's order,
