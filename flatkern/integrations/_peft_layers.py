@@ -12,8 +12,9 @@ from flatkern.integrations._peft_attention import PROJECTIONS, AttentionSite
 from flatkern.integrations._peft_reasons import is_plain, not_plain, why_not_base, why_not_variant
 from flatkern.integrations._peft_shown import ShownSite
 from flatkern.nn.layouts import is_transposed, transposed_blocks
+from flatkern.nn.lookup import looking_up, looks_up
 from flatkern.nn.parameters import reached
-from flatkern.nn.shown import can_wait, gathered, shadowing, showing
+from flatkern.nn.shown import showing
 
 
 class Conv1DSite(ShownSite):
@@ -50,22 +51,13 @@ class EmbeddingSite(ShownSite):
     def _base_forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         window, base = self._window, self.layer.base_layer
         noisy = window is not None and window.noisy and not self.layer.disable_adapters
-        # Others than these look up something else than what they are given (positions, say).
-        plain = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        if not (noisy and plain and can_wait(ids)):
+        if not (noisy and looks_up(base, "weight", ids)):
             return super()._base_forward(ids, *args, **kwargs)
         if base.weight.requires_grad and torch.is_grad_enabled():
             with showing(window, base, "weight", only=ids.unique().tolist()):
                 return type(base).forward(base, ids, *args, **kwargs)
-        window.mark_called()
-        tokens, places = ids.unique(return_inverse=True)
-        # Without a gradient of the weight, nothing asks which row is for padding.
-        padding, base.padding_idx = base.padding_idx, None
-        try:
-            with shadowing(base, "weight", gathered(window, base.weight, tokens)):
-                return type(base).forward(base, places, *args, **kwargs)
-        finally:
-            base.padding_idx = padding
+        with looking_up(window, base, ids) as places:
+            return type(base).forward(base, places, *args, **kwargs)
 
 
 class ConvSite(ShownSite):

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flatkern.nn.factors import wide
 from flatkern.nn.layouts import is_stack, is_transposed, transposed_blocks
+from flatkern.nn.lookup import looking_up, looks_up
 from flatkern.nn.merging import Mergeable
 from flatkern.nn.shown import can_wait, showing
 from flatkern.ops import _check
@@ -87,22 +89,29 @@ class LoRAParameter(Mergeable):
         *stack, m, n = shape
         return (*stack, n, m) if self.is_transposed() else (*stack, m, n)
 
-    def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A context in which the module's parameter is W', W as an open window shows it."""
-        if self.merged:
-            return contextlib.nullcontext()
-        window = self._window
-        noisy = window is not None and window.noisy
-        only = (
-            reached(self.holder, len(self.weight), args, kwargs)
-            if noisy and len(self._sizes()) > 2
-            else None
-        )
-        where = self.holder, self.parameter_name
-        return showing(window if noisy else None, *where, only=only, then=self._add)
+    @contextlib.contextmanager
+    def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        """The module's parameter is W' inside, W as an open window shows it.
 
-    def _add(self, weight: Tensor, part: slice) -> Tensor:
-        """W + s B A of a range of dim 0, rounded once to the weight's dtype."""
+        Yields what the module's forward is to be called with: args and kwargs, or, of an
+        embedding, others, because W' is made of the rows that it looks up alone.
+        """
+        if self.merged:
+            yield args, kwargs
+            return
+        holder, name, weight = self.holder, self.parameter_name, self.weight
+        window = self._window if self._window is not None and self._window.noisy else None
+        if args and looks_up(holder, name, args[0]) and not weight.requires_grad:
+            with looking_up(window, holder, args[0], self._add) as places:
+                yield (places, *args[1:]), kwargs
+            return
+        is_stack = window is not None and len(self._sizes()) > 2
+        only = reached(holder, len(weight), args, kwargs) if is_stack else None
+        with showing(window, holder, name, only=only, then=self._add):
+            yield args, kwargs
+
+    def _add(self, weight: Tensor, part: slice | Tensor) -> Tensor:
+        """W + s B A of a part of dim 0, rounded once to the weight's dtype."""
         with torch.autocast(weight.device.type, enabled=False):
             if self.lora_A.dim() == 3:
                 delta = wide(self.lora_B[part]) @ wide(self.lora_A[part])
@@ -169,7 +178,7 @@ class _Forward:
     ) -> Any:
         if not adapted:
             return type(self.module).forward(self.module, *args, **kwargs)
-        with adapted[0].shown(args, kwargs):
+        with adapted[0].shown(args, kwargs) as (args, kwargs):
             return self._call(adapted[1:], args, kwargs)
 
 

@@ -254,28 +254,3 @@ def _forgetting(shown: Tensor, recipe: _Recipe) -> Any:
         return kept.value
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def gathered(window: Any, weight: Tensor, indices: Tensor) -> Tensor:
-    """W_noisy[indices] of dim 0, outside autograd; no other noise is made.
-
-    Args:
-        window, weight: as in `showing`.
-        indices: int64 [k], without repetitions.
-    """
-    places = indices.tolist()
-    rows = weight.detach()[indices]
-    if window.target.rows.columns or window.target.rows.stacked:
-        raise ValueError("flatkern: only a matrix whose rows are its own can be gathered")
-    scales = window.row_scale[indices]
-    keys = [window.key] * len(places)
-    with _backend.backend(window.backend):
-        ops.foreach_perturb_(
-            [*rows.split(1)],
-            [*scales.split(1)],
-            keys,
-            elementwise=window.elementwise,
-            row_offsets=places,
-            checked=True,
-        )
-    return rows

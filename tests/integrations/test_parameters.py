@@ -1,5 +1,6 @@
 """LoRAParameter: PEFT's layer on the same values, files both ways, dense noise, refusals."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -15,11 +16,20 @@ from layer_kinds import KINDS, Around, inputs, prefix_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import bits, same_bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import flatkern
 from flatkern.integrations._peft_attention import _times_merged
 from flatkern.integrations.peft import attach
-from flatkern.nn import LoRALinear, LoRAParameter, load_adapter, replace_linear, save_adapter
+from flatkern.nn import (
+    LoRALinear,
+    LoRAParameter,
+    load_adapter,
+    lookup,
+    replace_linear,
+    save_adapter,
+)
 
 SIGMA = 0.3
 MODES = ("virtual", "inplace")
@@ -371,6 +381,68 @@ def test_out_proj_is_that_of_peft_s_attention():
         noisy = theirs(*x)
         torch.testing.assert_close(own(*x), noisy, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(noisy, own(*x), atol=1e-2)
+
+
+@pytest.mark.parametrize("padding", [None, 0, 4])
+@pytest.mark.parametrize("options", [{}, {"scale_grad_by_freq": True}], ids=str)
+def test_an_embedding_is_that_of_the_dense_table(options, padding):
+    """Gradients keep to the options of the table; so do those of a sparse one."""
+    ids, found = KINDS["embedding"][2][0], []
+    for sparse in False, True:
+        torch.manual_seed(0)
+        base = nn.Embedding(11, 8, padding_idx=padding, sparse=sparse, **options)
+        model = nn.Sequential(base)
+        replace_linear(model, [], r=2, lora_alpha=3, target_parameters=["weight"])
+        (adapter,) = adapters(model).values()
+        with torch.no_grad():
+            adapter.lora_B.normal_()
+        found.append(run(model, (ids,)))
+        assert (base.padding_idx, base.sparse) == (padding, sparse)
+    A, B = (p.detach().clone().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
+    table = base.weight.detach() + 1.5 * B @ A
+    result = nn.functional.embedding(ids, table, padding_idx=padding, **options)
+    (result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum().backward()
+    for own, gradients in found:
+        torch.testing.assert_close(own, result.detach())
+        for name, expected in ("lora_A", A.grad), ("lora_B", B.grad):
+            torch.testing.assert_close(gradients[f"0.weight_lora.{name}"], expected)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_embedding_makes_the_rows_of_the_batch_alone(noisy, monkeypatch):
+    sizes, rows = [], []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if is_tensor(t)}
+            made = [t for t in tree_leaves(result) if is_tensor(t)]
+            sizes.extend(t.numel() for t in made if t.untyped_storage().data_ptr() not in given)
+            return result
+
+    is_tensor = torch.is_tensor
+    real = lookup.ops.foreach_perturb_
+
+    def counting(weights, *args, row_offsets, **kwargs):
+        rows.extend(zip(row_offsets, map(len, weights), strict=True))
+        real(weights, *args, row_offsets=row_offsets, **kwargs)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(1000, 8))
+    replace_linear(model, [], r=2, target_parameters=["weight"])
+    ids = torch.tensor([[3, 0, 3, 999], [9, 2, 0, 3]])
+    noise = flatkern.WeightNoise(model, SIGMA)
+    with noise.window() if noisy else contextlib.nullcontext():
+        monkeypatch.setattr(lookup.ops, "foreach_perturb_", counting)
+        with Sizes():
+            model(ids)
+    assert rows == ([(row, 1) for row in (0, 2, 3, 9, 999)] if noisy else [])
+    assert max(sizes) <= ids.numel() * 8
+    for bad in -1, 1000:
+        with pytest.raises(IndexError):
+            model(torch.tensor([bad]))
+    with noise.window():
+        assert model(ids[:0]).shape == (0, 4, 8)
 
 
 def test_refusals():
