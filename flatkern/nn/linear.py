@@ -95,6 +95,7 @@ class LoRALinear(Mergeable):
     """
 
     quantized = None
+    takes_shards = True
     linear = True
     # Of a kind with more adapters than A and B: makes A and B of W + s B A out of all, by name.
     products: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -299,11 +300,6 @@ class LoRALinear(Mergeable):
     def _wide(self, x: Tensor) -> Tensor:
         x = x.to(self.lora_A.dtype)
         return x if self.products is None else wide(x)
-
-    @property
-    def takes_shards(self) -> bool:
-        """Whether `weight` may be sharded: other kinds take their scale from it in other ways."""
-        return type(self).enter_window is LoRALinear.enter_window and self.products is None
 
     def _merge(self, clean: Tensor) -> Tensor:
         """W + s B A in float32 or wider."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatkern import _backend, ops
-from flatkern.nn.shown import can_wait, shadowing
+from flatkern.nn.shown import can_wait, shadowing, whole_weight
 
 
 def looks_up(module: nn.Module, name: str, ids: Any) -> bool:
@@ -40,11 +40,12 @@ def looking_up(
         ids: integers of any shape.
         then: called with rows [k, n] of the weight and their int64 indices [k].
     """
+    weight = whole_weight(module, "weight")
     if window is not None:
         window.mark_called()
     tokens, places = ids.unique(return_inverse=True)
     indices = tokens.tolist()
-    rows = _rows(window, module._parameters["weight"], tokens, indices)
+    rows = _rows(window, weight, tokens, indices)
     if then is not None:
         rows = then(rows, tokens)
     padding, sparse = module.padding_idx, module.sparse

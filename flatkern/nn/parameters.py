@@ -41,7 +41,7 @@ class LoRAParameter(Mergeable):
     """
 
     quantized = None
-    takes_shards = False
+    takes_shards = True
     linear = False
 
     def __init__(

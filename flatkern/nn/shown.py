@@ -41,9 +41,9 @@ def showing(
             nothing. None: all.
         then: called with the noisy weight and slice(0, its length); in backward also with parts.
     """
+    weight = whole_weight(module, name)
     if window is not None:
         window.mark_called()
-    weight = module._parameters[name]
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         # Neither traces what autograd keeps.
         hooks: Any = contextlib.nullcontext()
@@ -55,6 +55,17 @@ def showing(
         hooks = _forgetting(shown, recipe)
     with hooks, shadowing(module, name, shown):
         yield
+
+
+def whole_weight(module: nn.Module, name: str) -> Tensor:
+    """The parameter in its module's forward; TypeError if this rank has a part of it only."""
+    weight = module._parameters[name]
+    if hasattr(weight, "device_mesh"):
+        raise TypeError(
+            f"flatkern: {name} must be whole in the forward of a {type(module).__name__}, as FSDP2 "
+            f"makes it, got a DTensor {weight.placements}; tensor parallelism serves linear layers"
+        )
+    return weight
 
 
 @contextlib.contextmanager
