@@ -26,6 +26,8 @@ class _MergedSite(ShownSite):
         """A layer that can be attached to."""
         self.in_forward = False
         super().__init__(layer)
+        # PEFT's forward makes new parameters, which FSDP does not know.
+        self.takes_shards = False
 
     def _rows(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)

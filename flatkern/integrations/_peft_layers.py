@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from peft.tuners import adalora, lora
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,23 +12,15 @@ from flatkern.integrations._peft_attention import PROJECTIONS, AttentionSite
 from flatkern.integrations._peft_reasons import is_plain, not_plain, why_not_base, why_not_variant
 from flatkern.integrations._peft_shown import ShownSite
 from flatkern.nn.layouts import is_transposed, transposed_blocks
+from flatkern.nn.lookup import looking_up, looks_up
 from flatkern.nn.parameters import reached
-from flatkern.nn.shown import can_wait, gathered, shadowing, showing
+from flatkern.nn.shown import showing
 
 
 class Conv1DSite(ShownSite):
     """transformers' Conv1D, whose weight is [in, out]."""
 
     linear = True
-
-    @classmethod
-    def why_not(cls, layer: nn.Module) -> str | None:
-        """As for others; DoRA is one that can."""
-        base = layer.base_layer
-        reason = why_not_base(base, "weight")
-        if reason is None and not is_plain(base.weight):
-            reason = not_plain(base.weight)
-        return reason or why_not_variant(layer, DoraLinearVariant)
 
     def _rows(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[::-1])
@@ -52,25 +43,21 @@ class EmbeddingSite(ShownSite):
         lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         return lora_B.t(), lora_A.t(), float(layer.scaling[name])
 
+    def _dora_operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """PEFT's magnitudes are those of the columns, over all tokens."""
+        lora_A, lora_B, scaling = self._of_adapter(name)
+        return self.weight.t().contiguous(), lora_B.t(), lora_A.t(), scaling
+
     def _base_forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         window, base = self._window, self.layer.base_layer
         noisy = window is not None and window.noisy and not self.layer.disable_adapters
-        # Others than these look up something else than what they are given (positions, say).
-        plain = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        if not (noisy and plain and can_wait(ids)):
+        if not (noisy and looks_up(base, "weight", ids)):
             return super()._base_forward(ids, *args, **kwargs)
         if base.weight.requires_grad and torch.is_grad_enabled():
             with showing(window, base, "weight", only=ids.unique().tolist()):
                 return type(base).forward(base, ids, *args, **kwargs)
-        window.mark_called()
-        tokens, places = ids.unique(return_inverse=True)
-        # Without a gradient of the weight, nothing asks which row is for padding.
-        padding, base.padding_idx = base.padding_idx, None
-        try:
-            with shadowing(base, "weight", gathered(window, base.weight, tokens)):
-                return type(base).forward(base, places, *args, **kwargs)
-        finally:
-            base.padding_idx = padding
+        with looking_up(window, base, ids) as places:
+            return type(base).forward(base, places, *args, **kwargs)
 
 
 class ConvSite(ShownSite):
@@ -94,6 +81,9 @@ class ConvSite(ShownSite):
         layer = self.layer
         lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
         return lora_A.flatten(1), lora_B.flatten(1), float(layer.scaling[name])
+
+    def _by_row(self) -> Tensor:
+        return self.weight.flatten(1)
 
 
 class ParameterSite(ShownSite):

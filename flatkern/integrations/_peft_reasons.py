@@ -1,7 +1,12 @@
 """Why a window cannot show the base weight of a PEFT layer."""
 
 from peft.tuners import adalora, lora
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraLinearVariant,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -9,6 +14,8 @@ from flatkern.integrations import quantized
 from flatkern.nn import shards
 from flatkern.ops import _check
 
+# That of embeddings is a subclass of the first.
+DORA = DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 # Where PEFT has its layers over those of bitsandbytes, all of them linear.
 _BNB_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.adalora.bnb")
 
@@ -24,7 +31,7 @@ def why_not(layer: nn.Module) -> str | None:
         return reason
     stored = quantized.stored(base)
     reason = _why_no_linear(base) if stored is None else stored.why_not()
-    return reason or why_not_variant(layer, DoraLinearVariant)
+    return reason or why_not_variant(layer)
 
 
 def why_not_base(base: nn.Module, parameter: str) -> str | None:
@@ -36,10 +43,10 @@ def why_not_base(base: nn.Module, parameter: str) -> str | None:
     return None
 
 
-def why_not_variant(layer: nn.Module, *accepted: type) -> str | None:
-    """The name of a variant of LoRA other than these, if an adapter is one."""
+def why_not_variant(layer: nn.Module) -> str | None:
+    """The name of a variant of LoRA other than DoRA, if an adapter is one."""
     for variant in getattr(layer, "lora_variant", {}).values():
-        if not isinstance(variant, accepted):
+        if not isinstance(variant, DORA):
             return type(variant).__name__
     return None
 

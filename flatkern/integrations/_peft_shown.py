@@ -13,7 +13,6 @@ from flatkern.nn.shown import shadowing, showing
 class ShownSite(PeftSite):
     """A layer whose base forward runs as it is, on a weight that is noisy for the call."""
 
-    takes_shards = False
     linear = False
 
     @classmethod
@@ -28,11 +27,6 @@ class ShownSite(PeftSite):
             as_said = base.weight.shape == (base.out_features, base.in_features)
             reason = None if as_said else f"base layer {type(base).__name__}"
         return reason or why_not_variant(layer)
-
-    def __init__(self, layer: nn.Module) -> None:
-        """A layer that `why_not` accepts."""
-        super().__init__(layer)
-        self.takes_shards = False
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own, on the weight as an open window shows it."""

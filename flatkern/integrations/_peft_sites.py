@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from peft.tuners import adalora
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from flatkern.integrations import quantized
-from flatkern.integrations._peft_reasons import is_plain
+from flatkern.integrations._peft_reasons import DORA, is_plain
 from flatkern.nn import shards
 from flatkern.nn.factors import adalora_factors, wide
 from flatkern.nn.sites import ATTRIBUTE, CLOSE_FIRST, noisy_product
@@ -138,7 +137,7 @@ class PeftSite(Bystander):
         magnitudes = getattr(self.layer, "lora_magnitude_vector", {})
         for name in self._active():
             if name in magnitudes:
-                return magnitudes[name].weight / self._norms[name]
+                return magnitudes[name].weight.flatten() / self._norms[name]
         return 1.0
 
     def _active(self) -> list[str]:
@@ -221,11 +220,8 @@ class PeftSite(Bystander):
         self._window = window
 
     def _enter_dora(self, name: str, dora: nn.Module) -> None:
-        stored = self.quantized
-        weight = self._by_row() if stored is None else stored.dequantize(torch.float32)
-        lora_A, lora_B, scaling = self._of_adapter(name)
-        operands = weight.detach(), lora_A.detach(), lora_B.detach()
-        norm = shards.row_norms(*([one] for one in operands), [scaling])[0]
+        *operands, scaling = self._dora_operands(name)
+        norm = shards.row_norms(*([one.detach()] for one in operands), [scaling])[0]
         if name not in self._norms or self._norms[name].device != norm.device:
             # An ordinary tensor even in inference mode: autograd saves it.
             with torch.inference_mode(False):
@@ -236,6 +232,12 @@ class PeftSite(Bystander):
             hook = dora.register_forward_pre_hook(self._show_dora, with_kwargs=True)
             self._hooks.append((dora, hook))
 
+    def _dora_operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """W, A, B and s of V = W + s B A, a row for each of the magnitudes."""
+        stored = self.quantized
+        weight = self._by_row() if stored is None else stored.dequantize(torch.float32)
+        return weight, *self._of_adapter(name)
+
     def _by_row(self) -> Tensor:
         """The weight [m, n], a row for each output."""
         return self.weight
@@ -245,7 +247,7 @@ class PeftSite(Bystander):
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """With dropout DoRA multiplies by the weight itself: give it the noisy product instead."""
         window, x = self._window, args[0]
-        if window is not None and window.noisy and kwargs["base_result"] is None:
+        if window is not None and window.noisy and kwargs.get("base_result", 0) is None:
             dtype = self.weight.dtype if self.quantized is None else x.dtype
             product = self._base_forward(x.to(dtype)).to(x.dtype)
             kwargs = kwargs | {"base_result": product}
@@ -260,7 +262,7 @@ class PeftSite(Bystander):
         variants = getattr(self.layer, "lora_variant", {})
         active = [variants.get(name) for name in self._active()]
         for variant in filter(None, active):
-            if len(active) > 1 or not isinstance(variant, DoraLinearVariant):
+            if len(active) > 1 or not isinstance(variant, DORA):
                 what = f"{type(variant).__name__}, alone or beside another active adapter"
                 raise RuntimeError(f"peft: {action} with {what}; only a lone DoRA takes noise")
 
@@ -365,8 +367,9 @@ class _CleanNorm:
         self._site, self._name, self._dora = site, name, dora
 
     def __call__(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[m], in the weight's dtype."""
+        """As the magnitudes lie, in the weight's dtype."""
         window = self._site._window
         if window is not None and (window.noisy or window.perturbed):
-            return self._site._norms[self._name].to(weight.dtype)
+            norms = self._site._norms[self._name].to(weight.dtype)
+            return norms.view(self._dora.weight.shape)
         return type(self._dora).get_weight_norm(self._dora, weight, *args, **kwargs)

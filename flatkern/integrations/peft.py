@@ -45,8 +45,9 @@ def attach(
             model(**batch).loss.backward()
         optimizer.step()
 
-    For LoRA layers (rsLoRA, PiSSA, LoRA-GA and other starts, DoRA) and AdaLoRA's, over `nn.Linear`
-    bases and quantised ones (docs/quantized.md; mode "inplace" refuses those). The scale is that of
+    For LoRA layers (rsLoRA, PiSSA, LoRA-GA and other starts, DoRA) and AdaLoRA's, over the bases of
+    docs/layers.md: linear layers, quantised ones too (docs/quantized.md; mode "inplace" refuses
+    those), embeddings, convolutions, attention and parameters. The scale is that of
     W' with the adapters that are active when the window is opened; a disabled adapter's forward is
     clean. PEFT's own branch, its files and the model's state_dict keys stay what they are. In a
     window `merge` and `unmerge` raise, but under `paused()` they work, and bring the exact bits
@@ -62,8 +63,8 @@ def attach(
         The `flatkern.WeightNoise` of the model; opened once per optimizer step.
 
     Warns:
-        UserWarning: layers that take no noise (other bases than these, embeddings, convolutions,
-            other PEFT methods), by name and reason; in mode "virtual", a fused implementation that
+        UserWarning: layers that take no noise (other bases than these, other PEFT methods), by
+            name and reason; in mode "virtual", a fused implementation that
             would never see the noise.
 
     Raises:

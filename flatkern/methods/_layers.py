@@ -39,8 +39,8 @@ class LoRALayer:
     """A `LoRALinear`, or one of PEFT's LoRA layers, attached to or not.
 
     Attributes:
-        pairs: those of the active adapters that are trained; none in NoRA and AdaLoRA, whose
-            products have more factors.
+        pairs: those of the active adapters that are trained; none in NoRA, B D A and AdaLoRA,
+            whose products have more factors.
         adapters: all parameters of its adapters that are trained.
         linear: whether its output is x W'^T + b.
     """
@@ -55,7 +55,8 @@ class LoRALayer:
 # What a method may need of a layer, an attribute of `LoRALayer`, in words.
 _NEEDED = {
     "linear": "LoRALinear layers, or PEFT's over linear ones",
-    "pairs": "LoRALinear layers, or PEFT's LoRA layers, whose lora_A and lora_B are trained",
+    "pairs": "LoRALinear layers, or PEFT's LoRA layers, whose lora_A and lora_B are trained, "
+    "with nothing between them",
     "adapters": "LoRALinear layers, or PEFT's LoRA layers, with adapters that are trained",
 }
 
@@ -83,7 +84,7 @@ def _of(name: str, module: nn.Module) -> Iterator[LoRALayer]:
     elif site_of(module) is module:
         own = [part for part in module.adapters().values() if part.requires_grad]
         A, B = module.lora_A, module.lora_B
-        trained = A.requires_grad and B.requires_grad
+        trained = A.requires_grad and B.requires_grad and module.products is None
         pairs = [Pair(name, A, B, module.scaling)] if trained else []
         yield LoRALayer(name, module, pairs, own)
     elif _is_peft(module):

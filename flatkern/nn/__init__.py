@@ -2,6 +2,7 @@
 
 from flatkern.nn.adapter import load_adapter, save_adapter
 from flatkern.nn.awsvd import awsvd_init
+from flatkern.nn.bda import BDALinear
 from flatkern.nn.dora import DoRALinear
 from flatkern.nn.factors import adalora_factors
 from flatkern.nn.linear import LoRALinear
@@ -12,6 +13,7 @@ from flatkern.nn.parameters import LoRAParameter
 from flatkern.nn.replace import replace_linear
 
 __all__ = [
+    "BDALinear",
     "DoRALinear",
     "LoRALinear",
     "LoRAParameter",

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.nn.dora import DoRALinear
-from flatkern.nn.factors import nora_factors
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.names import named_modules
-from flatkern.nn.nora import NoRALinear
 from flatkern.nn.parameter_files import SavedParameters, find_parameters, tensors_of
 from flatkern.nn.parameters import LoRAParameter
-from flatkern.nn.replace import find_lora_layers, swap
+from flatkern.nn.replace import find_lora_layers, leave_fast_paths, swap
 from flatkern.nn.saved import (
     PREFIX,
     find_saved,
@@ -70,11 +68,11 @@ def save_adapter(
     PEFT's `modules_to_save`, what is trained beside them, a head for example. Names are those of
     the unwrapped model: `torch.compile`, DDP, FSDP2 and checkpointing wrappers do not show. A
     `DoRALinear` is PEFT's DoRA. What the format has no word for becomes plain LoRA: a `NoRALinear`
-    of rank r' (its products A' A and B B'), and a layer with an offset base (PiSSA, LoRA-GA) of
-    rank 2 r, s (B A - B0 A0), which is off by the rounding of the base. So that training can go
-    on, keep the model's `state_dict` too. The format holds one dropout for all layers: the largest
-    is written. Sharded layers (FSDP, tensor parallelism) are gathered: every rank must call, and
-    the first writes.
+    of rank r' (its products A' A and B B'), a `BDALinear` (D A and B), and a layer with an offset
+    base (PiSSA, LoRA-GA) of rank 2 r, s (B A - B0 A0), which is off by the rounding of the base. So
+    that training can go on, keep the model's `state_dict` too. The format holds one dropout for all
+    layers: the largest is written. Sharded layers (FSDP, tensor parallelism) are gathered: every
+    rank must call, and the first writes.
 
     Args:
         model: with `LoRALinear` layers, merged or not, in a window or not.
@@ -88,7 +86,8 @@ def save_adapter(
         ValueError: the model has no LoRALinear, or DoRALinear layers beside others; wrong names.
 
     Warns:
-        UserWarning: trainable parameters that are not saved, by name.
+        UserWarning: trainable parameters that are not saved, by name; adapters on
+            nn.MultiheadAttention's out_proj.weight, which PEFT would not use.
     """
     from safetensors.torch import save_file
 
@@ -132,10 +131,10 @@ def _parts(layer: LoRALinear) -> dict[str, Tensor]:
     saved = (*layer.adapters(), "offset_A", "offset_B")
     state = {name: whole(value) for name, value in layer.state_dict().items() if name in saved}
     parts = {part: state[part] for part in _PARTS if part in state}
-    if isinstance(layer, NoRALinear):
+    if layer.products is not None:
         own = {name: state[name] for name in layer.adapters()}
         dtype = own["lora_A"].dtype
-        parts["lora_A"], parts["lora_B"] = (part.to(dtype) for part in nora_factors(**own))
+        parts["lora_A"], parts["lora_B"] = (part.to(dtype) for part in layer.products(**own))
     if "offset_A" in state:
         parts["lora_A"] = torch.cat([parts["lora_A"], state["offset_A"]])
         parts["lora_B"] = torch.cat([parts["lora_B"], -state["offset_B"]], dim=1)
@@ -261,6 +260,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             for part, value in adapters[name].items():
                 getattr(layers[name], part).copy_(value)
     parameters.write(lambda name, r: _options(config, name, r))
+    leave_fast_paths(model)
     return [*targets, *parameters.places]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import _backend, ops
+from flatkern.nn import shards
 from flatkern.nn.linear import LoRALinear
 from flatkern.ops import _check
 
@@ -66,9 +67,17 @@ class DoRALinear(LoRALinear):
         shown = window is not None and (window.noisy or window.perturbed)
         return self.lora_magnitude / (self._window_norm if shown else self._norm(self.weight))
 
+    @property
+    def takes_shards(self) -> bool:
+        """Whether `weight` may be sharded: not where all of it is made to take its norm."""
+        return not self.renorm
+
     def _norm(self, weight: Tensor) -> Tensor:
         # A row of zeros (pruned, say) stays zero.
         smallest = torch.finfo(torch.float32).tiny
+        if shards.is_sharded(weight):
+            operands = [weight.detach()], *([part.detach()] for part in self.factors())
+            return shards.row_norms(*operands, [self.scaling])[0].clamp_min(smallest)
         return ops.row_norm(weight, *self.factors(), self.scaling).clamp_min(smallest)
 
     def _merge(self, clean: Tensor) -> Tensor:

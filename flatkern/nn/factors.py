@@ -28,6 +28,13 @@ def nora_factors(
         return wide(nora_A) @ wide(lora_A), wide(lora_B) @ wide(nora_B)
 
 
+def bda_factors(lora_A: Tensor, lora_B: Tensor, lora_D: Tensor) -> tuple[Tensor, Tensor]:
+    """D A [r, n] and B [m, r], wide; D is a diagonal [r] or a matrix [r, r]."""
+    with torch.autocast(lora_A.device.type, enabled=False):
+        D, A = wide(lora_D), wide(lora_A)
+        return (D @ A if D.dim() == 2 else D[:, None] * A), wide(lora_B)
+
+
 def adalora_factors(
     lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, lora_alpha: float, ranknum: float
 ) -> tuple[Tensor, Tensor, float]:

@@ -1,6 +1,7 @@
 """A linear layer with a low-rank adapter that can see its weight through noise."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from flatkern.nn.factors import wide
+from flatkern.nn.merging import Mergeable
 from flatkern.nn.pissa import pissa_factors
-from flatkern.nn.sites import CLOSE_FIRST, noisy_product
+from flatkern.nn.sites import noisy_product
 from flatkern.ops import _check
 
 _OP = "LoRALinear"
@@ -43,7 +46,10 @@ def check_linear(linear: nn.Module, name: str = "linear") -> None:
     """TypeError or ValueError unless a `LoRALinear` can take the place of `linear`."""
     what = f"{_OP}: {name} must be nn.Linear, got {type(linear).__name__}"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
-        raise TypeError(f"{what}: nn.MultiheadAttention reads its weight and never calls it")
+        raise TypeError(
+            f"{what}: nn.MultiheadAttention reads its weight and never calls it; name it in "
+            "target_parameters of replace_linear"
+        )
     if isinstance(linear, LoRALinear):
         raise TypeError(f"{what}: it has adapters already")
     if not isinstance(linear, nn.Linear):
@@ -65,7 +71,7 @@ def check_linear(linear: nn.Module, name: str = "linear") -> None:
         raise ValueError(f"{_OP}: {name} must have no hooks, which would be lost; remove them")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Mergeable):
     """y = x W^T + b + s B A dropout(x), where W and b are frozen and A and B are trained.
 
     Outside a window of `flatkern.WeightNoise` this is PEFT's LoRA layer, bit for bit on the same
@@ -89,7 +95,10 @@ class LoRALinear(nn.Module):
     """
 
     quantized = None
+    takes_shards = True
     linear = True
+    # Of a kind with more adapters than A and B: makes A and B of W + s B A out of all, by name.
+    products: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -192,11 +201,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.register_buffer("offset_A", None)
         self.register_buffer("offset_B", None)
-        # The weight's clean bits while it is merged; moves with the module, is never saved.
-        self.register_buffer("_clean_weight", None, persistent=False)
-        # What this layer sees of an open window (`noise.state.State`): a plain object, so that
-        # no Module.to casts it and no state_dict names it.
-        self._window: Any = None
+        self._start_unmerged()
         self._build_kind(**kind)
         self._init_adapters(init_lora_weights)
         self.train(linear.training)
@@ -226,13 +231,15 @@ class LoRALinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [k, n] and B [m, k] of W + s B A, differentiable in what is trained."""
+        if self.products is not None:
+            return self.products(**self.adapters())
         return self.lora_A, self.lora_B
 
     def operands(self) -> tuple[Tensor, Tensor, float]:
         """A, B and s of W + s B A, as they are: for what needs no gradient."""
         # Not through Module.__getattr__, where that is possible: a window asks every layer.
         own = self._parameters
-        plain = type(self).factors is LoRALinear.factors and "lora_A" in own and "lora_B" in own
+        plain = self.products is None and "lora_A" in own and "lora_B" in own
         lora_A, lora_B = (own["lora_A"], own["lora_B"]) if plain else self.factors()
         return lora_A, lora_B, self.scaling
 
@@ -291,79 +298,13 @@ class LoRALinear(nn.Module):
         return (result + branch * self.scaling).to(result.dtype)
 
     def _wide(self, x: Tensor) -> Tensor:
-        return x.to(self.lora_A.dtype)
-
-    def enter_window(self, window: Any) -> None:
-        """Belong to the window that is being opened; the weight is clean at this time."""
-        # Not through Module.__setattr__: a window sets it on every layer.
-        self.__dict__["_window"] = window
-
-    @property
-    def takes_shards(self) -> bool:
-        """Whether `weight` may be sharded: other kinds take their scale from it in other ways."""
-        own = type(self).enter_window, type(self).factors
-        return own == (LoRALinear.enter_window, LoRALinear.factors)
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds W + s B A at the moment."""
-        return self._buffers["_clean_weight"] is not None
-
-    def merged_weight(self) -> Tensor:
-        """W + s B A of the clean W, in the weight's dtype, rounded once; a new tensor."""
-        clean = self._clean_weight if self.merged else self.weight
-        if self._window is not None and not self.merged:
-            clean = self._window.clean_weight()
-        with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
-            return self._merge(clean).to(clean.dtype)
+        x = x.to(self.lora_A.dtype)
+        return x if self.products is None else wide(x)
 
     def _merge(self, clean: Tensor) -> Tensor:
         """W + s B A in float32 or wider."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         lora_A, lora_B = self.factors()
-        return clean + (lora_B.to(wide) @ lora_A.to(wide)) * self.scaling
-
-    def merge(self) -> None:
-        """Write W + s B A into `weight`; nothing happens if it is there already.
-
-        The clean bits are kept beside it until `unmerge`: one more copy of the weight. While
-        merged the adapters are not used, `state_dict` gives the clean weight, and loading one is
-        refused.
-
-        Raises:
-            RuntimeError: a window of `WeightNoise` is open, and not paused.
-        """
-        self._require_clean("merge")
-        if not self.merged:
-            merged = self.merged_weight()
-            self._clean_weight = self.weight.detach().clone()
-            with torch.no_grad():
-                self.weight.copy_(merged)
-
-    def unmerge(self) -> None:
-        """Put the exact bits of the clean weight back; nothing happens if it is not merged.
-
-        Raises:
-            RuntimeError: a window of `WeightNoise` is open, and not paused.
-        """
-        self._require_clean("unmerge")
-        if self.merged:
-            with torch.no_grad():
-                self.weight.copy_(self._clean_weight)
-            self._clean_weight = None
-
-    def require_closed(self, action: str) -> None:
-        """RuntimeError while a window of `WeightNoise` is open, paused or not."""
-        if self._window is not None:
-            raise RuntimeError(f"{_OP}: {action} inside a noise window; {CLOSE_FIRST}")
-
-    def _require_clean(self, action: str) -> None:
-        """RuntimeError where a window shows noise, or has it written in the weight."""
-        window = self._window
-        if window is not None and (window.noisy or window.perturbed):
-            raise RuntimeError(
-                f"{_OP}: {action} inside a noise window; use paused(), or {CLOSE_FIRST}"
-            )
+        return clean + (wide(lora_B) @ wide(lora_A)) * self.scaling
 
     def extra_repr(self) -> str:
         """Sizes and options, for print(model)."""
@@ -371,10 +312,6 @@ class LoRALinear(nn.Module):
         text += f", lora_alpha={self.lora_alpha:g}, bias={self.bias is not None}"
         text += ", use_rslora=True" if self.use_rslora else ""
         return text + (", merged=True" if self.merged else "")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has no part in an open window."""
-        return self.__dict__ | {"_window": None}
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -387,10 +324,7 @@ class LoRALinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if self.merged:
-            raise RuntimeError(
-                f"{_OP}: load_state_dict into {prefix}weight, which is merged; call unmerge() first"
-            )
+        self._require_unmerged(f"{prefix}weight")
         for part in ("A", "B"):
             # So that what was saved over an offset base loads into a fresh layer.
             if f"{prefix}offset_{part}" in state_dict and getattr(self, f"offset_{part}") is None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from flatkern.nn.calibration import evaluating, idle_layers
 from flatkern.nn.linear import LoRALinear
-from flatkern.nn.nora import NoRALinear
 from flatkern.ops import _check
 
 _OP = "lora_ga_init"
@@ -39,9 +38,9 @@ def lora_ga_init(
         gamma: finite and above 0; 16 in the paper.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or value, a layer that is a NoRALinear
-            or not fresh, 2 r above the sizes of a weight, no batches, a layer that the loss does
-            not depend on, a gradient that is not finite or zero.
+        TypeError, ValueError: an argument of the wrong kind or value, a layer of another kind or
+            not fresh, 2 r above the sizes of a weight, no batches, a layer that the loss does not
+            depend on, a gradient that is not finite or zero.
         RuntimeError: a layer is merged or in a noise window.
     """
     layers = idle_layers(_OP, model)
@@ -69,8 +68,9 @@ def lora_ga_init(
 
 
 def _check_fresh(name: str, layer: LoRALinear) -> None:
-    if isinstance(layer, NoRALinear):
-        raise ValueError(f"{_OP}: {name} must be a LoRALinear or DoRALinear, got NoRALinear")
+    if layer.products is not None:
+        kind = type(layer).__name__
+        raise ValueError(f"{_OP}: {name} must be a LoRALinear or DoRALinear, got {kind}")
     if layer.offset_A is not None or layer.lora_B.any():
         raise ValueError(f"{_OP}: {name} must be fresh, with lora_B = 0, got one that is not")
     if 2 * layer.r > min(layer.weight.shape):

@@ -6,7 +6,8 @@ its type: a model's own submodule called `module` keeps its name.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 
 from torch import nn
 
@@ -56,6 +57,23 @@ def named_parameters(
                 continue
             seen.add(id(value))
             yield (f"{prefix}.{own}" if prefix else own), value
+
+
+def hint(asked: str, names: Iterable[str]) -> str:
+    """The end of an error about a name that ends none of these full ones: which may be meant."""
+    names = list(names)
+    depth = asked.count(".") + 1
+    close = get_close_matches(asked, _ends(names, depth), n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]}?"
+    ends = _ends(names, max(depth, 2))
+    more = f" and {len(ends) - 8} more" if len(ends) > 8 else ""
+    return f"there are {', '.join(ends[:8])}{more}" if ends else "there are none"
+
+
+def _ends(names: list[str], depth: int) -> list[str]:
+    """The last parts of dotted names; what many layers have is there once."""
+    return list(dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names))
 
 
 def _walk(model: nn.Module, remove_duplicate: bool) -> Iterator[tuple[str, nn.Module, bool]]:

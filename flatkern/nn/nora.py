@@ -3,9 +3,9 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flatkern.nn.factors import nora_factors, singular_factors, wide
+from flatkern.nn.factors import nora_factors, singular_factors
 from flatkern.nn.linear import LoRALinear
 from flatkern.ops import _check
 
@@ -25,6 +25,8 @@ class NoRALinear(LoRALinear):
         r_inner: r', by default half of r (rounded up).
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
     """
+
+    products = staticmethod(nora_factors)
 
     @classmethod
     def check_kind(cls, r: int, r_inner: int | None = None) -> None:
@@ -70,13 +72,6 @@ class NoRALinear(LoRALinear):
         lora_A, lora_B = singular_factors(self.weight.to(self.lora_A.dtype), self.r)
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
-
-    def _wide(self, x: Tensor) -> Tensor:
-        return wide(super()._wide(x))
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A' A [r', n] and B B' [m, r']: to everything else a LoRA of rank r' and scaling s."""
-        return nora_factors(self.lora_A, self.lora_B, self.nora_A, self.nora_B)
 
     def extra_repr(self) -> str:
         """Sizes and options, for print(model)."""

@@ -1,5 +1,6 @@
 """Adapters on parameters in PEFT's format: one layer around another for those of one module."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,8 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.nn.layouts import is_stack
-from flatkern.nn.names import named_modules
-from flatkern.nn.parameters import LoRAParameter, adapt, check_parameter
+from flatkern.nn.merging import Mergeable
+from flatkern.nn.names import hint, named_modules
+from flatkern.nn.parameters import (
+    LoRAParameter,
+    adapt,
+    adapter_on,
+    check_parameter,
+    is_called,
+)
 from flatkern.nn.saved import PREFIX, matches
 from flatkern.ops import _check
 
@@ -17,20 +25,13 @@ _INSIDE = ".base_layer"
 
 def find_parameters(model: nn.Module) -> dict[str, LoRAParameter]:
     """The model's adapters on parameters, by the parameter's full name, in the model's order."""
-    names = {id(module): name for name, module in named_modules(model)}
-    found = {
-        id(module): module
-        for _, module in named_modules(model)
-        if isinstance(module, LoRAParameter)
+    # One that is used in several places counts once.
+    return {
+        f"{name}.{own}" if name else own: adapter
+        for name, module in named_modules(model)
+        for own in module._parameters
+        if (adapter := adapter_on(module, own)) is not None
     }
-    order: dict[str, LoRAParameter] = {}
-    for _, module in named_modules(model):
-        for own in module._parameters:
-            adapter = module._modules.get(f"{own}_lora")
-            if adapter is not None and id(adapter) in found:
-                name = names[id(module)]
-                order[f"{name}.{own}" if name else own] = adapter
-    return order
 
 
 def keys_of(names: Iterable[str]) -> dict[str, str]:
@@ -50,7 +51,17 @@ def tensors_of(op: str, adapters: dict[str, LoRAParameter]) -> dict[str, Tensor]
 
     Raises:
         ValueError: one that the format has no place for: filters.
+
+    Warns:
+        UserWarning: one that PEFT would not use, of an attention's out_proj.
     """
+    unseen = [full for full, own in adapters.items() if not is_called(own.holder)]
+    if unseen:
+        warnings.warn(
+            f"{op}: PEFT has no place for adapters on {', '.join(unseen[:8])}, which attention "
+            "reads and does not call; flatkern's load_adapter reads them",
+            stacklevel=3,
+        )
     tensors = {}
     for full, key in keys_of(adapters).items():
         adapter = adapters[full]
@@ -92,11 +103,18 @@ def parameters_named(
     for name in names:
         _check.kinds(op, str, **{argument: name})
         if not any(matches(full, name) for full in own):
+            fitting = (full for full, place in own.items() if _may_be_adapted(*place))
             raise ValueError(
                 f"{op}: {argument} must be names of parameters of the model, got {name!r}, "
-                "not found"
+                f"not found; {hint(name, fitting)}"
             )
     return {full: own[full] for full in own if any(matches(full, name) for name in names)}
+
+
+def _may_be_adapted(module: nn.Module, own: str) -> bool:
+    """Whether it is a matrix or more, and neither an nn.Linear's nor an adapter's."""
+    is_linear = isinstance(module, nn.Linear) and is_called(module)
+    return module._parameters[own].dim() > 1 and not (is_linear or isinstance(module, Mergeable))
 
 
 class SavedParameters:
@@ -111,6 +129,7 @@ class SavedParameters:
             ValueError: not of the model's parameters, or the model has other adapters on them.
         """
         names = config.get("target_parameters") or []
+        self._model = model
         present = find_parameters(model)
         self.places = parameters_named(op, "target_parameters", model, names) if names else {}
         if present and present.keys() != self.places.keys():
@@ -124,8 +143,10 @@ class SavedParameters:
             holder, own = self.places[full]
             if full in present:
                 present[full].require_closed(op)
+                if present[full].merged:
+                    raise RuntimeError(f"{op}: {full} is merged; call unmerge() first")
             else:
-                check_parameter(op, full, holder, own)
+                check_parameter(op, full, model, holder, own)
             parts = []
             for part in ("lora_A", "lora_B"):
                 file_key = f"{PREFIX}{key}.{part}.weight"
@@ -159,7 +180,7 @@ class SavedParameters:
             if adapter is None:
                 given = options(full, lora_A.shape[-2])
                 kept = {name: given[name] for name in ("r", "lora_alpha", "use_rslora")}
-                adapter = adapt(LoRAParameter(holder, own, **kept))
+                adapter = adapt(self._model, LoRAParameter(holder, own, **kept))
             for name, value in zip(
                 ("lora_A", "lora_B"), _turned(adapter, lora_A, lora_B), strict=True
             ):

@@ -1,7 +1,9 @@
 """Low-rank adapters on parameters of modules that are no nn.Linear: stacked experts, Conv1D."""
 
+import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,20 +13,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flatkern.nn.factors import wide
 from flatkern.nn.layouts import is_stack, is_transposed, transposed_blocks
+from flatkern.nn.lookup import looking_up, looks_up
+from flatkern.nn.merging import Mergeable
 from flatkern.nn.shown import can_wait, showing
-from flatkern.nn.sites import CLOSE_FIRST
 from flatkern.ops import _check
 
 # What experts call their argument that says which of them get a token.
 _ROUTES = ("top_k_index", "router_indices", "selected_experts")
 
 
-class LoRAParameter(nn.Module):
+class LoRAParameter(Mergeable):
     """W' = W + s B A of one frozen parameter, whatever its module computes with it.
 
     A module inside the parameter's own, which forwards W' for the length of each call; autograd
     keeps A and B, and makes W' again in backward. Inside a window of `flatkern.WeightNoise` W is
-    noisy in it.
+    noisy in it. The calls are those of the parameter's module, or of the nn.MultiheadAttention
+    that reads it (out_proj.weight).
 
     Attributes:
         lora_A, lora_B: [r, n] and [m, r] of a matrix with m outputs, [k, r, n] and [k, m, r] of a
@@ -32,12 +36,12 @@ class LoRAParameter(nn.Module):
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         parameter_name: of the parameter in its module.
         r, lora_alpha, use_rslora: as given.
-        quantized, merged, takes_shards, linear: see `flatkern.nn.sites.Site`.
+        merged: whether the parameter holds W + s B A at the moment.
+        quantized, takes_shards, linear: see `flatkern.nn.sites.Site`.
     """
 
     quantized = None
-    merged = False
-    takes_shards = False
+    takes_shards = True
     linear = False
 
     def __init__(
@@ -58,7 +62,7 @@ class LoRAParameter(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros((*stack, m, r), **like))
         for part in self.lora_A if stack else (self.lora_A,):
             nn.init.kaiming_uniform_(part, a=math.sqrt(5))
-        self._window: Any = None
+        self._start_unmerged()
 
     @property
     def holder(self) -> nn.Module:
@@ -85,20 +89,29 @@ class LoRAParameter(nn.Module):
         *stack, m, n = shape
         return (*stack, n, m) if self.is_transposed() else (*stack, m, n)
 
-    def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A context in which the module's parameter is W', W as an open window shows it."""
-        window = self._window
-        noisy = window is not None and window.noisy
-        only = (
-            reached(self.holder, len(self.weight), args, kwargs)
-            if noisy and len(self._sizes()) > 2
-            else None
-        )
-        where = self.holder, self.parameter_name
-        return showing(window if noisy else None, *where, only=only, then=self._add)
+    @contextlib.contextmanager
+    def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        """The module's parameter is W' inside, W as an open window shows it.
 
-    def _add(self, weight: Tensor, part: slice) -> Tensor:
-        """W + s B A of a range of dim 0, rounded once to the weight's dtype."""
+        Yields what the module's forward is to be called with: args and kwargs, or, of an
+        embedding, others, because W' is made of the rows that it looks up alone.
+        """
+        if self.merged:
+            yield args, kwargs
+            return
+        holder, name, weight = self.holder, self.parameter_name, self.weight
+        window = self._window if self._window is not None and self._window.noisy else None
+        if args and looks_up(holder, name, args[0]) and not weight.requires_grad:
+            with looking_up(window, holder, args[0], self._add) as places:
+                yield (places, *args[1:]), kwargs
+            return
+        is_stack = window is not None and len(self._sizes()) > 2
+        only = reached(holder, len(weight), args, kwargs) if is_stack else None
+        with showing(window, holder, name, only=only, then=self._add):
+            yield args, kwargs
+
+    def _add(self, weight: Tensor, part: slice | Tensor) -> Tensor:
+        """W + s B A of a part of dim 0, rounded once to the weight's dtype."""
         with torch.autocast(weight.device.type, enabled=False):
             if self.lora_A.dim() == 3:
                 delta = wide(self.lora_B[part]) @ wide(self.lora_A[part])
@@ -109,10 +122,7 @@ class LoRAParameter(nn.Module):
                 delta = wide(self.lora_B[part]) @ wide(self.lora_A)
             return (weight + self.scaling * delta.reshape(weight.shape)).to(weight.dtype)
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + s B A of the clean W, in the weight's dtype and as it lies; a new tensor."""
-        clean = self.weight if self._window is None else self._window.clean_weight()
+    def _merge(self, clean: Tensor) -> Tensor:
         return self._add(clean, slice(0, len(clean)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -131,23 +141,26 @@ class LoRAParameter(nn.Module):
         """A and B by name."""
         return dict(self._parameters)
 
-    def enter_window(self, window: Any) -> None:
-        """Belong to the window that is being opened."""
-        self.__dict__["_window"] = window
-
-    def require_closed(self, action: str) -> None:
-        """RuntimeError while a window of `WeightNoise` is open, paused or not."""
-        if self._window is not None:
-            raise RuntimeError(f"LoRAParameter: {action} inside a noise window; {CLOSE_FIRST}")
-
     def extra_repr(self) -> str:
         """The parameter and the options, for print(model)."""
         sizes = ", ".join(map(str, self._sizes()))
-        return f"{self.parameter_name} [{sizes}], r={self.r}, lora_alpha={self.lora_alpha:g}"
+        text = f"{self.parameter_name} [{sizes}], r={self.r}, lora_alpha={self.lora_alpha:g}"
+        return text + (", merged=True" if self.merged else "")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has no part in an open window."""
-        return self.__dict__ | {"_window": None}
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # The holder's parameters are there already. Alone, an adapter is saved without them.
+        key = prefix.removesuffix(f"{_child(self.parameter_name)}.") + self.parameter_name
+        if self.merged and key in destination:
+            destination[key] = self._clean_weight
+
+    def refuse_load(
+        self, holder: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        """RuntimeError if a state_dict is being loaded over the merged weight."""
+        self._require_unmerged(f"{prefix}{self.parameter_name}")
 
 
 class _Forward:
@@ -165,23 +178,37 @@ class _Forward:
     ) -> Any:
         if not adapted:
             return type(self.module).forward(self.module, *args, **kwargs)
-        with adapted[0].shown(args, kwargs):
+        with adapted[0].shown(args, kwargs) as (args, kwargs):
             return self._call(adapted[1:], args, kwargs)
 
 
-def check_parameter(op: str, full: str, holder: nn.Module, name: str) -> None:
+def is_called(holder: nn.Module) -> bool:
+    """Whether a module's own forward reads its parameters: not that of an attention's out_proj."""
+    return not isinstance(holder, NonDynamicallyQuantizableLinear)
+
+
+def readers_of(model: nn.Module, holder: nn.Module) -> list[nn.Module]:
+    """The modules of the model whose forwards read the parameters of `holder`: itself, mostly."""
+    if is_called(holder):
+        return [holder]
+    attentions = (each for each in model.modules() if isinstance(each, nn.MultiheadAttention))
+    return [each for each in attentions if each.out_proj is holder]
+
+
+def check_parameter(op: str, full: str, model: nn.Module, holder: nn.Module, name: str) -> None:
     """TypeError or ValueError unless a `LoRAParameter` can adapt `holder.name`."""
     weight = holder._parameters[name]
     what = f"{op}: target_parameters must be floating matrices, filters or stacks that a module "
     what += f"reads in its own forward, got {full}"
     if weight.dim() < 2 or weight.dtype not in _check.FLOAT_DTYPES:
         raise ValueError(f"{what} {list(weight.shape)} of {weight.dtype}")
-    if isinstance(holder, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{what}, which nn.MultiheadAttention reads; PEFT's layer takes both of its"
-        )
-    if "forward" in holder.__dict__:
-        raise TypeError(f"{what} of a {type(holder).__name__} with a forward on the instance")
+    readers = readers_of(model, holder)
+    if not readers:
+        raise TypeError(f"{what}, which something else than nn.MultiheadAttention reads")
+    for reader in readers:
+        own = reader.__dict__.get("forward")
+        if own is not None and not isinstance(own, _Forward):
+            raise TypeError(f"{what} of a {type(reader).__name__} with a forward on the instance")
     if isinstance(holder, _ConvTransposeNd) or transposed_blocks(holder, name) > 1:
         raise TypeError(f"{what} of a {type(holder).__name__}")
     if hasattr(weight, "device_mesh"):
@@ -190,16 +217,30 @@ def check_parameter(op: str, full: str, holder: nn.Module, name: str) -> None:
         raise ValueError(f"{what}, which max_norm writes in every forward")
 
 
-def adapt(adapter: LoRAParameter) -> LoRAParameter:
-    """Put it into its module, and freeze the parameter."""
+def adapter_on(holder: nn.Module, name: str) -> LoRAParameter | None:
+    """The adapter on `holder.name`, if there is one."""
+    found = holder._modules.get(_child(name))
+    return found if isinstance(found, LoRAParameter) else None
+
+
+def adapt(model: nn.Module, adapter: LoRAParameter) -> LoRAParameter:
+    """Put it into its module, which is one of the model's, and freeze the parameter."""
     holder, name = adapter.holder, adapter.parameter_name
     adapter.train(holder.training)
-    holder.add_module(f"{name}_lora", adapter)
-    if not isinstance(holder.__dict__.get("forward"), _Forward):
-        holder.forward = _Forward(holder)
-    holder.forward.adapted.append(adapter)
+    holder.add_module(_child(name), adapter)
+    # The holder loads its parameters before its children load theirs.
+    holder.register_load_state_dict_pre_hook(adapter.refuse_load)
+    for reader in readers_of(model, holder):
+        if not isinstance(reader.__dict__.get("forward"), _Forward):
+            reader.forward = _Forward(reader)
+        reader.forward.adapted.append(adapter)
     holder._parameters[name].requires_grad_(False)
     return adapter
+
+
+def _child(name: str) -> str:
+    """What the holder of a parameter calls its adapter."""
+    return f"{name}_lora"
 
 
 def reached(

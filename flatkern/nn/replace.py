@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.names import named_modules
 from flatkern.nn.parameter_files import parameters_named
-from flatkern.nn.parameters import LoRAParameter, adapt, check_parameter
+from flatkern.nn.parameters import LoRAParameter, adapt, adapter_on, check_parameter
 from flatkern.nn.saved import keep, matches, matching, output_layers
 from flatkern.ops import _check
 from flatkern.ops._keywords import refuse_unknown
@@ -55,15 +55,17 @@ def replace_linear(
             `...ForSequenceClassification` adds to its base model; `classifier`, `score` or
             `qa_outputs` of others; timm's `get_classifier()`), which is trained.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: see `LoRALinear`.
-        layer: the kind of adapter: `LoRALinear`, `DoRALinear` or `NoRALinear`.
+        layer: the kind of adapter: `LoRALinear`, `DoRALinear`, `NoRALinear` or `BDALinear`.
         modules_to_save: names of modules, matched as targets are, that are trained whole; what
             they hold is no target.
         target_parameters: names of parameters, matched as targets are, that get a `LoRAParameter`:
             those of modules that are no nn.Linear, such as stacked experts
             ("experts.gate_up_proj", "experts.down_proj"), GPT-2's Conv1D ("c_attn.weight"),
-            embeddings and convolutions. `target_modules` may then be []. Without dropout, as in
+            embeddings, convolutions, and nn.MultiheadAttention's "in_proj_weight" and
+            "out_proj.weight". `target_modules` may then be []. Without dropout, as in
             PEFT.
-        kind: that kind's own options: NoRALinear's r_inner, DoRALinear's renorm.
+        kind: that kind's own options: NoRALinear's r_inner, DoRALinear's renorm,
+            BDALinear's square.
 
     Returns:
         the full names of the replaced layers, then of the adapted parameters, in the model's order,
@@ -107,8 +109,8 @@ def replace_linear(
 
     swap(model, targets, build, kept)
     for adapter in adapters:
-        adapt(adapter)
-    _leave_fast_paths(model)
+        adapt(model, adapter)
+    leave_fast_paths(model)
     _warn_of_what_is_left(model)
     return [*targets, *parameters]
 
@@ -116,9 +118,9 @@ def replace_linear(
 def _find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
     found = parameters_named(_OP, "target_parameters", model, names)
     for full, place in found.items():
-        if f"{place[1]}_lora" in place[0]._modules:
+        if adapter_on(*place) is not None:
             raise ValueError(f"{_OP}: target_parameters must have no adapters yet, got {full}")
-        check_parameter(_OP, full, *place)
+        check_parameter(_OP, full, model, *place)
     return found
 
 
@@ -156,7 +158,7 @@ def _warn_of_what_is_left(model: nn.Module) -> None:
             if weight is None:
                 continue
             total += weight.numel()
-            if f"{own}_lora" in module._modules or isinstance(module, LoRAParameter):
+            if adapter_on(module, own) is not None or isinstance(module, LoRAParameter):
                 continue
             if weight.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd):
                 stacked[f"{name}.{own}"] = weight.numel()
@@ -210,7 +212,7 @@ def swap(
         setattr(parent, child, layers[targets[name]])
     _freeze_all_but_adapters(model)
     keep(kept)
-    _leave_fast_paths(model)
+    leave_fast_paths(model)
 
 
 def _places(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
@@ -321,7 +323,7 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
             weight.requires_grad_(False)
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
+def leave_fast_paths(model: nn.Module) -> None:
     """Make torch's encoder call its linear layers in eval mode too.
 
     Its fast path reads their weights instead, and would skip adapters and noise without a word.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from flatkern.nn.linear import LoRALinear
-from flatkern.nn.names import named_modules, named_parameters
+from flatkern.nn.names import hint, named_modules, named_parameters
 from flatkern.nn.parameters import LoRAParameter
 from flatkern.ops import _check
 
@@ -56,7 +56,8 @@ def matching(op: str, argument: str, modules: dict[str, nn.Module], names: Itera
         _check.kinds(op, str, **{argument: name})
         if not any(matches(full, name) for full in modules if full):
             raise ValueError(
-                f"{op}: {argument} must be names of modules of the model, got {name!r}, not found"
+                f"{op}: {argument} must be names of modules of the model, got {name!r}, "
+                f"not found; {hint(name, filter(None, modules))}"
             )
     return [full for full in modules if full and any(matches(full, name) for name in names)]
 

@@ -115,12 +115,12 @@ def row_norms_(
     A [k, r, n] and B [k, m, r] are those of k matrices, which lie below one another in a weight
     [k m, n].
     """
-    if lora_As is not None and any(lora_A.dim() == 3 for lora_A in lora_As):
-        lists = _unstacked(out, weights, lora_As, lora_Bs, scalings, factors)
-        row_norms_(*lists)
-        return
     operands = weights, lora_As, lora_Bs
     if not any(map(is_sharded, itertools.chain(*(part or () for part in operands)))):
+        if lora_As is not None and any(lora_A.dim() == 3 for lora_A in lora_As):
+            lists = _unstacked(out, weights, lora_As, lora_Bs, scalings, factors)
+            row_norms_(*lists)
+            return
         matrices = [as_matrix(weight) for weight in weights]
         lists = matrices, lora_As, lora_Bs, scalings
         ops.foreach_row_norm(*lists, factors=factors, out=out, checked=True)
@@ -158,18 +158,23 @@ def row_norms(
     # Also without shards: an adapter may be sharded where its weight is not.
     parts = [part_of(weight) for weight in weights]
     own_As, own_Bs = (None, None) if lora_As is None else ([], [])
-    for part, lora_A, lora_B in zip(parts, lora_As or (), lora_Bs or (), strict=False):
-        rows, cols = part.local.shape
-        own_As.append(whole(lora_A)[:, part.col : part.col + cols])
-        own_Bs.append(whole(lora_B)[part.row : part.row + rows])
-    full = [i for i, part in enumerate(parts) if part.local.shape[1:].numel() == _cols(weights[i])]
-    found = ops.foreach_row_norm(
-        [parts[i].local for i in full],
+    matrices = [as_matrix(part.local) for part in parts]
+    for part, matrix, lora_A, lora_B in zip(
+        parts, matrices, lora_As or (), lora_Bs or (), strict=False
+    ):
+        own_A, own_B = _cut(part, matrix, whole(lora_A), whole(lora_B))
+        own_As.append(own_A)
+        own_Bs.append(own_B)
+    full = [i for i, matrix in enumerate(matrices) if matrix.shape[1] == _cols(weights[i])]
+    norms = {i: matrices[i].new_empty(len(matrices[i]), dtype=torch.float32) for i in full}
+    row_norms_(
+        [norms[i] for i in full],
+        [matrices[i] for i in full],
         None if own_As is None else [own_As[i] for i in full],
         None if own_Bs is None else [own_Bs[i] for i in full],
         [scalings[i] for i in full],
+        [1.0] * len(full),
     )
-    norms = dict(zip(full, found, strict=True))
     sums: dict[tuple, dict[int, Tensor]] = {}
     for i, (weight, part) in enumerate(zip(weights, parts, strict=True)):
         if not (groups := _groups(weight)):
@@ -178,7 +183,7 @@ def row_norms(
         own = norms[i].double().square() if i in norms else None
         if own is None:
             adapters = (None, None) if own_As is None else (own_As[i], own_Bs[i])
-            own = _squares(part.local, *adapters, scalings[i])
+            own = _squares(matrices[i], *adapters, scalings[i])
         every = own.new_zeros(weight.shape[0])
         part.rows_of(every).copy_(own)
         sums.setdefault(groups, {})[i] = every
@@ -189,6 +194,16 @@ def row_norms(
         sizes = [len(square) for square in squares.values()]
         norms |= zip(squares, total.sqrt().float().split(sizes), strict=True)
     return [norms[i] for i in range(len(weights))]
+
+
+def _cut(part: Part, matrix: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """What of A and B is about a part: its columns and rows, or its matrices of a stack."""
+    rows, cols = matrix.shape
+    if lora_A.dim() == 2:
+        return lora_A[:, part.col : part.col + cols], lora_B[part.row : part.row + rows]
+    m = lora_B.shape[1]
+    own = slice(part.row // m, (part.row + rows) // m)
+    return lora_A[own], lora_B[own]
 
 
 def _cols(weight: Tensor) -> int:

@@ -41,9 +41,9 @@ def showing(
             nothing. None: all.
         then: called with the noisy weight and slice(0, its length); in backward also with parts.
     """
+    weight = whole_weight(module, name)
     if window is not None:
         window.mark_called()
-    weight = module._parameters[name]
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         # Neither traces what autograd keeps.
         hooks: Any = contextlib.nullcontext()
@@ -55,6 +55,17 @@ def showing(
         hooks = _forgetting(shown, recipe)
     with hooks, shadowing(module, name, shown):
         yield
+
+
+def whole_weight(module: nn.Module, name: str) -> Tensor:
+    """The parameter in its module's forward; TypeError if this rank has a part of it only."""
+    weight = module._parameters[name]
+    if hasattr(weight, "device_mesh"):
+        raise TypeError(
+            f"flatkern: {name} must be whole in the forward of a {type(module).__name__}, as FSDP2 "
+            f"makes it, got a DTensor {weight.placements}; tensor parallelism serves linear layers"
+        )
+    return weight
 
 
 @contextlib.contextmanager
@@ -254,28 +265,3 @@ def _forgetting(shown: Tensor, recipe: _Recipe) -> Any:
         return kept.value
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def gathered(window: Any, weight: Tensor, indices: Tensor) -> Tensor:
-    """W_noisy[indices] of dim 0, outside autograd; no other noise is made.
-
-    Args:
-        window, weight: as in `showing`.
-        indices: int64 [k], without repetitions.
-    """
-    places = indices.tolist()
-    rows = weight.detach()[indices]
-    if window.target.rows.columns or window.target.rows.stacked:
-        raise ValueError("flatkern: only a matrix whose rows are its own can be gathered")
-    scales = window.row_scale[indices]
-    keys = [window.key] * len(places)
-    with _backend.backend(window.backend):
-        ops.foreach_perturb_(
-            [*rows.split(1)],
-            [*scales.split(1)],
-            keys,
-            elementwise=window.elementwise,
-            row_offsets=places,
-            checked=True,
-        )
-    return rows

@@ -125,6 +125,6 @@ def check_shards(op: str, targets: list[Target], ranks: str) -> None:
             if not layer.takes_shards:
                 kind = type(getattr(layer, "layer", layer)).__name__.removeprefix("FSDP")
                 raise TypeError(
-                    f"{op}: {target.name} must be of a LoRALinear, or of a PEFT layer over "
-                    f"nn.Linear, where it is sharded, got {kind}"
+                    f"{op}: {target.name} must be of a layer that shows its noise in shards, such "
+                    f"as a LoRALinear, where it is sharded, got {kind}"
                 )

@@ -276,9 +276,9 @@ def refusals(_, rank, folder):
     with pytest.raises(ValueError, match="strategy must be one that needs no Fisher"):
         flatkern.WeightNoise(model, strategy="fisher", fisher=flatkern.noise.fisher.Fisher())
     with pytest.raises(
-        TypeError, match=r"must be of a LoRALinear, or of a PEFT layer .* got DoRALinear"
+        TypeError, match=r"must be of a layer that shows its noise in shards.* got DoRALinear"
     ):
-        flatkern.WeightNoise(with_fsdp(make_model(layer=DoRALinear)))
+        flatkern.WeightNoise(with_fsdp(make_model(layer=DoRALinear, renorm=True)))
     for style in (LoRAColwise, LoRARowwise):
         with pytest.raises(TypeError, match="must be a LoRALinear, got LayerNorm"):
             parallelize_module(make_model(), mesh_of("tp"), {"0": style()})

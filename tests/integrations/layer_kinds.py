@@ -130,6 +130,11 @@ KINDS = {
 }
 
 
+def prefix_of(kind):
+    """Of its adapted parameters, in the model around it."""
+    return "layer.inner." if kind == "attention" else "layer."
+
+
 class Around(nn.Module):
     """PEFT adapts submodules."""
 
@@ -190,7 +195,7 @@ def dense(kind, model, plain, sigma, key):
     """The output with W + c z + s B A as dense float64 weights, in plain PyTorch."""
     _, names, _, by_row = KINDS[kind]
     own = deltas(kind, model)
-    prefix = "layer.inner." if kind == "attention" else "layer."
+    prefix = prefix_of(kind)
     weights = {}
     for name in names:
         weight = dict(plain.named_parameters())[prefix + name].double()
@@ -208,11 +213,23 @@ def dense(kind, model, plain, sigma, key):
         e = by_row_back(scale, weight, by_row) * z
         if isinstance(plain.layer, nn.Embedding) and plain.layer.padding_idx is not None:
             e[plain.layer.padding_idx] = 0
-        weights[prefix + name] = weight.detach() + e + own[name]
+        weights[prefix + name] = _by_magnitude(model, weight.detach() + e + own[name], rows, by_row)
     twin = copy.deepcopy(plain).double()
     # It drops a gradient of A's alone in PEFT: see the test.
     twin.layer.padding_idx = None
     return torch.func.functional_call(twin, weights, tuple(inputs(kind, torch.float64)))
+
+
+def _by_magnitude(model, noisy, rows, by_row):
+    """DoRA's d (V + e), d = mu / ||V|| of V's columns in an embedding, else of its rows."""
+    layer = peft_layers(model)[0] if peft_layers(model) else None
+    magnitudes = getattr(layer, "lora_magnitude_vector", None)
+    if not magnitudes:
+        return noisy
+    mu = magnitudes["default"].weight.double()
+    columns = isinstance(layer.get_base_layer(), nn.Embedding)
+    d = mu.view(1, -1) / rows.norm(dim=0) if columns else mu.view(-1, 1) / rows.norm(dim=1)[:, None]
+    return by_row_back(d * by_row(noisy), noisy, by_row)
 
 
 def by_row_back(rows, weight, by_row):

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from accelerate import Accelerator
+from every_method import EVERY
 from torch import nn
 
 import flatkern
@@ -140,20 +141,6 @@ def test_a_step_that_the_scaler_skips_is_one_window(tmp_path):
     assert seen[6] == (2, True)
 
 
-# One of each way to a gradient: two passes, noise of two kinds, a walk, forwards alone.
-KINDS = {
-    "SAM": {"rho": 0.3},
-    "FriendlySAM": {"rho": 0.3},
-    "GAM": {"rho": 0.3, "alpha": 0.5},
-    "GMP": {"sigma": 0.1},
-    "SmoothOut": {"sigma": 0.1},
-    "NoisyTune": {"lam": 0.5},
-    "EntropySGD": {"inner_steps": 2},
-    "LoRAPro": {},
-    "ES": {"population": 2},
-}
-
-
 def train_by_method(name, prepare, scaler=None):
     """Two epochs of a method over groups of micro-batches."""
     model, optimizer, _, loader = parts()
@@ -162,19 +149,23 @@ def train_by_method(name, prepare, scaler=None):
         accelerator.scaler = scaler
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         optimizer = optimizer.optimizer
-    method = getattr(methods, name)(model, optimizer, scaler=scaler, **KINDS[name])
+    method = EVERY[name](model, optimizer, scaler=scaler)
     for _ in range(EPOCHS):
         for batches in methods.micro_batches(loader, ACCUMULATION):
             method.step(lambda x: loss_of(model, x), batches)
     return state(model)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_method_takes_what_accelerate_prepared(name):
-    assert same_bits(train_by_method(name, True), train_by_method(name, False))
+    alone = train_by_method(name, False)
+    assert same_bits(train_by_method(name, True), alone)
+    # Scaled by a power of two, which commutes with all roundings here.
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    assert same_bits(train_by_method(name, True, scaler), alone)
 
 
-def test_a_method_with_accelerate_s_scaler():
-    # A power of two, which commutes with all of these roundings.
-    found = train_by_method("LoRAPro", True, torch.amp.GradScaler("cpu", init_scale=4.0))
-    assert same_bits(found, train_by_method("LoRAPro", False))
+def test_every_method_is_among_them():
+    known = [getattr(methods, name) for name in methods.__all__]
+    found = {each.func for each in EVERY.values()}
+    assert found == {each for each in known if isinstance(each, type)} - {methods.Method}

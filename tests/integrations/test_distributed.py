@@ -10,7 +10,7 @@ import torch.distributed
 ROOT = Path(__file__).parents[2]
 MODULES = ["distributed_checks", "distributed_fsdp_checks", "distributed_landscape_checks"]
 if importlib.util.find_spec("peft") is not None:
-    MODULES.append("distributed_peft_checks")
+    MODULES += ["distributed_peft_checks", "distributed_kinds_checks"]
 
 
 @pytest.fixture(scope="module")

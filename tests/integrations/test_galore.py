@@ -1,13 +1,14 @@
 """GaLore's optimizer through flatkern's methods, against its algorithm in float64."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from flatkern.integrations.galore import galore_adamw
-from flatkern.methods import SAM, FlatLoRA, LoRA
+from flatkern.methods import GSAM, SAM, FlatLoRA, LoRA
 from flatkern.nn import replace_linear
 
 F64 = torch.float64
@@ -111,3 +112,54 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ImportError, match="pip install pytorch-optimizer"):
         galore_adamw(make_model(), lr=0.1, rank=2)
+
+
+@pytest.mark.usefixtures("own_accelerate")
+def test_prepared_by_accelerate_it_is_the_same():
+    pytest.importorskip("pytorch_optimizer")
+    accelerate = pytest.importorskip("accelerate")
+    found = []
+    for prepare in (False, True):
+        model = make_model()
+        optimizer = galore_adamw(model, lr=1e-2, rank=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if prepare else None
+        if prepare:
+            model, optimizer = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+            optimizer = optimizer.optimizer
+        method = GSAM(model, optimizer, rho=0.3, scaler=scaler)
+        for step in range(3):
+            method.step(loss_fn_of(model), batches_of(step))
+        found.append([p.detach().clone() for p in model.parameters()])
+    # SAM's 1e-12 beside a norm counts a little less where gradients are scaled.
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("own_accelerate")
+def test_as_the_trainer_s_optimizer(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    pytest.importorskip("peft", reason="tiny needs it")
+    from tiny import bits, llama, same_bits
+    from tiny_trainer import batches_of as batches_seen
+    from tiny_trainer import items, trainer_of
+    from transformers import Trainer
+
+    from flatkern.integrations.transformers import MethodTrainerMixin
+
+    class MethodTrainer(MethodTrainerMixin, Trainer):
+        pass
+
+    model, twin = llama(layers=1), llama(layers=1)
+    optimizers = tuple(galore_adamw(each, lr=1e-2, rank=4) for each in (model, twin))
+    kind = partial(MethodTrainer, method=GSAM, optimizers=(optimizers[0], None))
+    options = {"max_steps": 2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = trainer_of(tmp_path, model, kind=kind, **options)
+    order = batches_seen(trainer)
+    trainer.train()
+    by_hand = GSAM(twin.train(), optimizers[1])
+    for group in order[:3], order[3:6]:
+        count = items(trainer, group)
+        by_hand.step(
+            lambda batch, count=count: twin(**batch, num_items_in_batch=count).loss * 3, group
+        )
+    assert same_bits(bits(model), bits(twin))
+    assert not same_bits(bits(model), bits(llama(layers=1)))

@@ -1,6 +1,8 @@
-"""A mixture of experts, a GPT-2, a ViT and a CLIP trained with every matrix under noise."""
+"""Mixtures of experts, a GPT-2, ViTs and a CLIP trained with every matrix under noise."""
 
+import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 import transformers
 from peft import LoraConfig, get_peft_model
 from tiny import bits, same_bits
+from torch import nn
 
 import flatkern
 from flatkern.integrations.peft import attach
@@ -92,6 +95,27 @@ def clip():
     return transformers.CLIPModel(config), tokens | {"pixel_values": pixels(), "return_loss": True}
 
 
+class TorchViT(nn.Module):
+    """Of torch's own modules, as CLIP's first code was: attention reads its projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.places = nn.Embedding(4, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, pixel_values, labels):
+        x = self.patches(pixel_values).flatten(2).mT + self.places(torch.arange(4))
+        logits = self.head(self.encoder(x).mean(1))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels))
+
+
+def torch_vit():
+    return TorchViT(), {"pixel_values": pixels(), "labels": ids(3, 2)}
+
+
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 # A model and its batch; what PEFT adapts; matrices that no layer multiplies by, or others hold.
@@ -117,6 +141,12 @@ MODELS = {
         r".*(query|key|value|dense|projection|q_proj|k_proj|v_proj|o_proj|fc1|fc2|classifier)",
         [],
         ("cls_token", "position_embeddings"),
+    ),
+    "torch's ViT": (
+        torch_vit,
+        ["patches", "places", "self_attn", "linear1", "linear2", "head"],
+        [],
+        (),
     ),
     "CLIP": (
         clip,
@@ -149,9 +179,19 @@ def make_own(name, mode):
     build, targets, parameters, _ = MODELS[name]
     torch.manual_seed(0)
     model, batch = build()
-    linear = [t for t in targets if t not in ("embed_tokens", "wte", "wpe", *_CONV1D)]
-    stacks = [*parameters, *(f"{t}.weight" for t in targets if t not in linear)]
-    replace_linear(model, linear, r=2, target_parameters=stacks)
+    linear, others = [], list(parameters)
+    for name, module in model.named_modules():
+        if isinstance(targets, str):
+            chosen = re.fullmatch(targets, name)
+        else:
+            chosen = name.split(".")[-1] in targets
+        if chosen and isinstance(module, nn.MultiheadAttention):
+            others += [f"{name}.in_proj_weight", f"{name}.out_proj.weight"]
+        elif chosen and isinstance(module, nn.Linear):
+            linear.append(name)
+        elif chosen and hasattr(module, "weight"):
+            others.append(f"{name}.weight")
+    replace_linear(model, linear, r=2, target_parameters=others)
     noise = flatkern.WeightNoise(
         model, 0.1, mode=mode, schedule=flatkern.linear_ramp(STEPS), seed=7
     )
@@ -171,10 +211,9 @@ def train(model, batch, noise, optimizer, steps):
     return losses
 
 
-_CONV1D = ("c_attn", "c_fc", "c_proj")
-CASES = [(make, name) for name in MODELS] + [
-    (make_own, name) for name in ("Mixtral", "gpt-oss", "Llama 4", "GPT-2")
-]
+# Of the two that are alike but for names, one.
+CASES = [(make, name) for name in MODELS]
+CASES += [(make_own, name) for name in MODELS if name != "Qwen3-MoE"]
 
 
 @pytest.mark.parametrize("mode", ["virtual", "inplace"])

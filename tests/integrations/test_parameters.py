@@ -1,7 +1,9 @@
 """LoRAParameter: PEFT's layer on the same values, files both ways, dense noise, refusals."""
 
+import contextlib
 import copy
 import json
+import pickle
 import warnings
 
 import pytest
@@ -10,18 +12,27 @@ import torch
 pytest.importorskip("peft", reason="peft is not installed")
 
 import layer_kinds
-from layer_kinds import KINDS, Around, inputs
+from layer_kinds import KINDS, Around, inputs, prefix_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import bits, same_bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import flatkern
+from flatkern.integrations._peft_attention import _times_merged
 from flatkern.integrations.peft import attach
-from flatkern.nn import LoRALinear, LoRAParameter, load_adapter, replace_linear, save_adapter
+from flatkern.nn import (
+    LoRALinear,
+    LoRAParameter,
+    load_adapter,
+    lookup,
+    replace_linear,
+    save_adapter,
+)
 
 SIGMA = 0.3
 MODES = ("virtual", "inplace")
-OWN = [kind for kind in KINDS if kind != "attention"]
 # Those that PEFT takes as parameters: matrices and stacks.
 SHARED = ["Conv1D", "table", "experts", "transposed experts", "silent experts"]
 
@@ -32,7 +43,8 @@ def own_model(kind, dtype=torch.float32):
     make, names, _, _ = KINDS[kind]
     base = Around(make()).to(dtype)
     plain = copy.deepcopy(base)
-    replace_linear(base, [], r=2, lora_alpha=3, target_parameters=[f"layer.{n}" for n in names])
+    names = [prefix_of(kind) + name for name in names]
+    replace_linear(base, [], r=2, lora_alpha=3, target_parameters=names)
     with torch.no_grad():
         for name, value in base.named_parameters():
             if "lora_" in name:
@@ -41,7 +53,12 @@ def own_model(kind, dtype=torch.float32):
 
 
 def adapters(model):
-    return {m.parameter_name: m for m in model.modules() if isinstance(m, LoRAParameter)}
+    """By the parameter's full name."""
+    return {
+        name.removesuffix("_lora"): m
+        for name, m in model.named_modules()
+        if isinstance(m, LoRAParameter)
+    }
 
 
 def run(model, x):
@@ -54,7 +71,7 @@ def run(model, x):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_window_shows_dense_noise_of_the_merged_weight(kind, mode, monkeypatch):
     model, plain = own_model(kind)
     twin, _ = own_model(kind)
@@ -66,6 +83,7 @@ def test_a_window_shows_dense_noise_of_the_merged_weight(kind, mode, monkeypatch
         for name, adapter in adapters(model).items():
             rows = (adapter.lora_B.double() @ adapter.lora_A.double()) * 1.5
             rows = rows.reshape(-1, rows.shape[-1])
+            name = name.removeprefix(prefix_of(kind))
             found[name] = layer_kinds.by_row_back(rows, adapter.weight, by_row)
         return found
 
@@ -91,21 +109,18 @@ def test_a_window_shows_dense_noise_of_the_merged_weight(kind, mode, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_modes_agree_and_no_noise_is_the_layer(kind, dtype):
     model, plain = own_model(kind, dtype)
     x = inputs(kind, dtype)
     clean = run(model, x)
-    merged = {f"layer.{n}": a.merged_weight() for n, a in adapters(model).items()}
+    merged = {name: a.merged_weight() for name, a in adapters(model).items()}
     assert torch.equal(torch.func.functional_call(plain, merged, tuple(x)), clean[0])
     found = {}
     for mode in MODES:
         with flatkern.WeightNoise(model, SIGMA, mode=mode).window():
             found[mode] = run(model, x)
-            assert torch.equal(
-                adapters(model)[KINDS[kind][1][0]].merged_weight(),
-                merged[f"layer.{KINDS[kind][1][0]}"],
-            )
+            assert same_bits({n: a.merged_weight() for n, a in adapters(model).items()}, merged)
         with flatkern.WeightNoise(model, 0.0, mode=mode).window():
             silent = run(model, x)
         assert torch.equal(silent[0], clean[0])
@@ -194,7 +209,7 @@ def test_beside_linear_layers(tmp_path):
     twin = copy.deepcopy(model)
     assert torch.equal(twin(*x), model(*x))
     with torch.no_grad():
-        adapters(twin)["down_proj"].lora_B.add_(1)
+        adapters(twin)["experts.down_proj"].lora_B.add_(1)
     assert not torch.equal(twin(*x), model(*x))
     other = Both()
     replace_linear(other, ["first"], r=2, target_parameters=stacks)
@@ -227,6 +242,209 @@ def test_what_is_kept_for_backward():
     assert max(sizes) < min(a.weight.numel() for a in adapters(model).values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_writes_the_sum_and_takes_it_out_to_the_bit(kind):
+    model, plain = own_model(kind, torch.bfloat16)
+    x = inputs(kind, torch.bfloat16)
+    expected = {}
+    for name, adapter in adapters(model).items():
+        clean = adapter.weight.detach()
+        rows = KINDS[kind][3](torch.arange(clean.numel()).view(clean.shape)).reshape(-1)
+        delta = (adapter.lora_B.double() @ adapter.lora_A.double()).detach().reshape(-1) * 1.5
+        exact = clean.double().flatten().index_add(0, rows, delta).view(clean.shape)
+        expected[name] = exact
+    before, saved = bits(model), copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        for adapter in adapters(model).values():
+            adapter.merge()
+            adapter.merge()
+        for name, adapter in adapters(model).items():
+            # Products and sum in float32, then one rounding to bfloat16: half of 2^-7 relative.
+            torch.testing.assert_close(
+                adapter.weight.double(), expected[name], rtol=2**-8 + 1e-4, atol=1e-5
+            )
+        merged = {name: adapter.weight.detach() for name, adapter in adapters(model).items()}
+        assert torch.equal(model(*x), torch.func.functional_call(plain, merged, tuple(x)))
+        assert same_bits(dict(model.state_dict()), saved)
+        for adapter in adapters(model).values():
+            adapter.unmerge()
+            adapter.unmerge()
+        assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_merged_weight_is_that_of_peft(kind, tmp_path):
+    theirs = peft_model(kind)
+    theirs.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    own = Around(KINDS[kind][0]())
+    load_adapter(own, tmp_path)
+    theirs.merge_adapter()
+    for layer in layer_kinds.peft_layers(theirs):
+        adapter = adapters(own)[f"layer.{layer.parameter_name}"]
+        adapter.merge()
+        expected = getattr(layer.get_base_layer(), layer.parameter_name)
+        torch.testing.assert_close(adapter.weight, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_merged_parameter_goes_through(tmp_path):
+    model, _ = own_model("attention")
+    before, saved = bits(model), copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"PEFT has no place for .*out_proj\.weight, which att"):
+        save_adapter(model, tmp_path)
+    x = inputs("attention")
+    result = model(*x)
+    for adapter in adapters(model).values():
+        adapter.merge()
+    with pytest.raises(RuntimeError, match="that it needs was written"):
+        result.sum().backward()
+    assert "merged=True" in repr(model)
+    merged, result = bits(model), model(*x)
+    torch.testing.assert_close(result, own_model("attention")[0](*x))
+    for other in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
+        assert torch.equal(other(*x), result)
+        with pytest.raises(RuntimeError, match=r"load_state_dict into .*unmerge\(\) first"):
+            other.load_state_dict({k: torch.zeros_like(v) for k, v in saved.items()})
+        assert all(torch.equal(bits(other)[n], merged[n]) for n in merged if "lora" not in n)
+        for adapter in adapters(other.double()).values():
+            adapter.unmerge()
+        assert same_bits({k: v.float() for k, v in bits(other).items() if k in before}, before)
+        other.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"in_proj_weight is merged; call unmerge\(\) first"):
+        load_adapter(model, tmp_path)
+    noise = flatkern.WeightNoise(model, SIGMA)
+    with pytest.raises(RuntimeError, match="is merged; call unmerge"):
+        noise.open()
+    for adapter in adapters(model).values():
+        adapter.unmerge()
+    assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merging_and_windows(mode):
+    model, _ = own_model("embedding")
+    (adapter,) = adapters(model).values()
+    before, x = bits(model), inputs("embedding")
+    noise = flatkern.WeightNoise(model, SIGMA, mode=mode)
+    with noise.window():
+        noisy = model(*x)
+        for action in adapter.merge, adapter.unmerge:
+            with pytest.raises(RuntimeError, match=r"merge inside a noise window; use paused\(\)"):
+                action()
+        with noise.paused():
+            adapter.merge()
+            adapter.unmerge()
+        assert torch.equal(model(*x), noisy)
+    assert same_bits(bits(model), before)
+
+
+def test_an_encoder_in_eval_mode_does_not_pass_adapters_by(tmp_path):
+    """Its fast path reads the weights of its attention by itself."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    model = make()
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]
+    assert replace_linear(model, [], r=2, target_parameters=names) == names
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.lora_B.normal_()
+    merged = {name: adapter.merged_weight() for name, adapter in adapters(model).items()}
+    with pytest.warns(UserWarning, match="PEFT has no place"):
+        save_adapter(model, tmp_path)
+    loaded, x = make(), layer_kinds.X[None]
+    assert load_adapter(loaded, tmp_path) == names
+    with torch.no_grad():
+        expected = torch.func.functional_call(make().eval(), merged, (x,))
+        for each in model, loaded:
+            torch.testing.assert_close(each.eval()(x), expected)
+            with flatkern.WeightNoise(each, SIGMA).window():
+                assert not torch.allclose(each(x), expected, atol=1e-2)
+
+
+def test_out_proj_is_that_of_peft_s_attention():
+    """Which adds its adapter twice (see AttentionSite), so half of it is ours."""
+    theirs, _ = layer_kinds.adapted("attention")
+    own, _ = own_model("attention")
+    for layer in layer_kinds.peft_layers(theirs):
+        name = "in_proj_weight" if hasattr(layer.base_layer, "num_heads") else "out_proj.weight"
+        adapter = adapters(own)[f"layer.inner.{name}"]
+        with torch.no_grad():
+            adapter.lora_A.copy_(layer.lora_A["default"].weight)
+            times = 1 if name == "in_proj_weight" else _times_merged()
+            adapter.lora_B.copy_(layer.lora_B["default"].weight * times)
+    x = inputs("attention")
+    torch.testing.assert_close(own(*x), theirs(*x), rtol=1e-5, atol=1e-5)
+    with attach(theirs, SIGMA).window(), flatkern.WeightNoise(own, SIGMA).window():
+        noisy = theirs(*x)
+        torch.testing.assert_close(own(*x), noisy, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(noisy, own(*x), atol=1e-2)
+
+
+@pytest.mark.parametrize("padding", [None, 0, 4])
+@pytest.mark.parametrize("options", [{}, {"scale_grad_by_freq": True}], ids=str)
+def test_an_embedding_is_that_of_the_dense_table(options, padding):
+    """Gradients keep to the options of the table; so do those of a sparse one."""
+    ids, found = KINDS["embedding"][2][0], []
+    for sparse in False, True:
+        torch.manual_seed(0)
+        base = nn.Embedding(11, 8, padding_idx=padding, sparse=sparse, **options)
+        model = nn.Sequential(base)
+        replace_linear(model, [], r=2, lora_alpha=3, target_parameters=["weight"])
+        (adapter,) = adapters(model).values()
+        with torch.no_grad():
+            adapter.lora_B.normal_()
+        found.append(run(model, (ids,)))
+        assert (base.padding_idx, base.sparse) == (padding, sparse)
+    A, B = (p.detach().clone().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
+    table = base.weight.detach() + 1.5 * B @ A
+    result = nn.functional.embedding(ids, table, padding_idx=padding, **options)
+    (result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum().backward()
+    for own, gradients in found:
+        torch.testing.assert_close(own, result.detach())
+        for name, expected in ("lora_A", A.grad), ("lora_B", B.grad):
+            torch.testing.assert_close(gradients[f"0.weight_lora.{name}"], expected)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_embedding_makes_the_rows_of_the_batch_alone(noisy, monkeypatch):
+    sizes, rows = [], []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if is_tensor(t)}
+            made = [t for t in tree_leaves(result) if is_tensor(t)]
+            sizes.extend(t.numel() for t in made if t.untyped_storage().data_ptr() not in given)
+            return result
+
+    is_tensor = torch.is_tensor
+    real = lookup.ops.foreach_perturb_
+
+    def counting(weights, *args, row_offsets, **kwargs):
+        rows.extend(zip(row_offsets, map(len, weights), strict=True))
+        real(weights, *args, row_offsets=row_offsets, **kwargs)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(1000, 8))
+    replace_linear(model, [], r=2, target_parameters=["weight"])
+    ids = torch.tensor([[3, 0, 3, 999], [9, 2, 0, 3]])
+    noise = flatkern.WeightNoise(model, SIGMA)
+    with noise.window() if noisy else contextlib.nullcontext():
+        monkeypatch.setattr(lookup.ops, "foreach_perturb_", counting)
+        with Sizes():
+            model(ids)
+    assert rows == ([(row, 1) for row in (0, 2, 3, 9, 999)] if noisy else [])
+    assert max(sizes) <= ids.numel() * 8
+    for bad in -1, 1000:
+        with pytest.raises(IndexError):
+            model(torch.tensor([bad]))
+    with noise.window():
+        assert model(ids[:0]).shape == (0, 4, 8)
+
+
 def test_refusals():
     def refused(error, match, module, names, **options):
         model = nn.Sequential(module)
@@ -239,10 +457,19 @@ def test_refusals():
 
     linear = nn.Linear(4, 4)
     refused(ValueError, "names of parameters of the model, got 'wight'", linear, ["wight"])
+    refused(ValueError, "there are none", linear, ["wight"])
+    experts = layer_kinds.Experts()
+    refused(ValueError, r"not found; did you mean gate_up_proj\?", experts, ["gate_proj"])
+    refused(ValueError, r"did you mean 0\.down_proj\?", experts, ["experts.down_proj"])
+    refused(ValueError, r"there are 0\.gate_up_proj, 0\.down_proj$", experts, ["q"])
     refused(ValueError, r"got 0\.bias \[4\]", linear, ["bias"])
     refused(ValueError, "lora_dropout must be 0", linear, ["weight"], lora_dropout=0.1)
     refused(TypeError, "ConvTranspose1d", nn.ConvTranspose1d(4, 4, 3), ["weight"])
-    refused(TypeError, "MultiheadAttention reads", nn.MultiheadAttention(4, 2), ["out_proj.weight"])
+    bare = nn.MultiheadAttention(4, 2).out_proj
+    refused(TypeError, "something else than nn.MultiheadAttention reads", bare, ["weight"])
+    attention = nn.MultiheadAttention(4, 2)
+    attention.forward = attention.forward
+    refused(TypeError, "forward on the instance", attention, ["out_proj.weight"])
     refused(ValueError, "max_norm", nn.Embedding(4, 4, max_norm=1.0), ["weight"])
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
     with pytest.raises(ValueError, match=r"other modules than .*, got 0\.weight"):

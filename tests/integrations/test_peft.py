@@ -482,8 +482,9 @@ def test_a_scaling_that_is_a_tensor_counts():
 def test_nothing_is_attached_where_nothing_can_be():
     with pytest.raises(ValueError, match="got no PEFT layers"):
         attach(nn.Linear(3, 3))
-    model = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["embed"], use_dora=True))
-    with pytest.raises(ValueError, match=r"none that can .*DoraEmbedding"):
+    groups = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2))
+    model = get_peft_model(groups, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"none that can .*in groups"):
         attach(model)
     model = two()
     before = attributes(model)

@@ -21,6 +21,12 @@ from flatkern.integrations.peft import attach, detach
 from flatkern.nn import shown
 
 KINDS = {kind: row for kind, row in layer_kinds.KINDS.items() if kind != "groups"}
+# PEFT has DoRA for these.
+DORA = ["Conv1D", "embedding", "scaled embedding", "conv1d", "conv2d", "conv3d", "pixels"]
+CASES = [(kind, {}) for kind in KINDS] + [(kind, {"use_dora": True}) for kind in DORA]
+every_case = pytest.mark.parametrize(
+    ("kind", "options"), CASES, ids=[f"{kind}-{'dora' if o else 'lora'}" for kind, o in CASES]
+)
 SIGMA = 0.3
 MODES = ("virtual", "inplace")
 
@@ -36,12 +42,12 @@ def run(model, x, of=None):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_window_shows_dense_noise_of_the_merged_weight(kind, mode):
-    model, plain = adapted(kind)
+@every_case
+def test_a_window_shows_dense_noise_of_the_merged_weight(kind, options, mode):
+    model, plain = adapted(kind, **options)
     before = bits(model)
     noise = attach(model, SIGMA, seed=3, mode=mode)
-    twin, _ = adapted(kind)
+    twin, _ = adapted(kind, **options)
     expected = dense(kind, twin, plain, SIGMA, (3, 0, 0))
     weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
     (expected * weights).sum().backward()
@@ -62,9 +68,9 @@ def test_a_window_shows_dense_noise_of_the_merged_weight(kind, mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_modes_agree_and_no_noise_is_peft(kind, dtype):
-    model, _ = adapted(kind, dtype)
+@every_case
+def test_modes_agree_and_no_noise_is_peft(kind, options, dtype):
+    model, _ = adapted(kind, dtype, **options)
     x = inputs(kind, dtype)
     clean = run(model, x)
     found = {}
@@ -77,6 +83,11 @@ def test_modes_agree_and_no_noise_is_peft(kind, dtype):
         with attach(model, 0.0, mode=mode).window():
             silent = run(model, x)
         detach(model)
+        if options:
+            # ||V|| of a window is made in float32, PEFT's in the weight's dtype.
+            error = 8 * torch.finfo(dtype).eps
+            torch.testing.assert_close(silent, clean, rtol=error, atol=4 * error)
+            continue
         assert torch.equal(silent[0], clean[0])
         assert same_bits(silent[1], clean[1])
     assert torch.equal(found["virtual"][0], found["inplace"][0])
@@ -170,9 +181,9 @@ def test_only_what_is_read_gets_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_peft_does_sees_clean_weights(kind, mode):
-    model, plain = adapted(kind)
+@every_case
+def test_what_peft_does_sees_clean_weights(kind, options, mode):
+    model, plain = adapted(kind, **options)
     x, keys = inputs(kind), sorted(model.state_dict())
     # First: PEFT's own forward of an attention changes the weights by what rounding leaves.
     noise = attach(model, SIGMA, mode=mode)
@@ -317,24 +328,53 @@ def test_a_key_says_the_noise_of_a_stack():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dora_over_conv1d(mode, dropout):
-    """W' = diag(mu / ||V||) V with the clean ||V||, and noise of V."""
-    model, plain = adapted("Conv1D", use_dora=True, lora_dropout=dropout)
-    layer = peft_layers(model)[0]
-    x = inputs("Conv1D")[0]
-    mu = layer.lora_magnitude_vector["default"].weight.detach().double()
-    delta = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach() * 1.5
-    weight = plain.layer.weight.detach().double().t()
-    norms = (weight + delta).norm(dim=1)
-    z = ops.noise(8, 6, NoiseKey(seed=3, tensor=0).to("cpu")).double().t()
-    noisy = weight + SIGMA / 8**0.5 * norms[:, None] * z
-    d = (mu / norms)[:, None]
+@pytest.mark.parametrize("kind", ["Conv1D", "conv1d", "conv2d", "conv3d"])
+def test_dora_with_dropout(kind, mode):
+    """Another input for all but W: x W^T + x' (d V - W)^T, with the clean ||V|| in d."""
+    model, plain = adapted(kind, use_dora=True, lora_dropout=0.5)
+    layer, by_row = peft_layers(model)[0], KINDS[kind][3]
+    (x,) = inputs(kind)
+    weight, bias = plain.double().layer.weight.detach(), plain.layer.bias.detach()
+    delta = by_row(layer.get_delta_weight("default").detach().double())
+    rows, mu = by_row(weight), layer.lora_magnitude_vector["default"].weight.detach().double()
+    norms = (rows + delta).norm(dim=1)
+    z = ops.noise(*weight.flatten(1).shape, NoiseKey(seed=3, tensor=0).to("cpu")).double()
+    c = SIGMA / rows.shape[1] ** 0.5 * norms[:, None]
+    noisy = rows + c * by_row(z.view(weight.shape))
+    d = mu.view(-1, 1) / norms[:, None]
+
+    def product(x, rows, bias):
+        own = {"layer.weight": layer_kinds.by_row_back(rows, weight, by_row), "layer.bias": bias}
+        return torch.func.functional_call(plain, own, x.double())
+
     with attach(model, SIGMA, seed=3, mode=mode).window():
         torch.manual_seed(5)
         result = model(x)
     torch.manual_seed(5)
-    dropped = layer.lora_dropout["default"](x).double()
-    x = x.double()
-    expected = x @ noisy.t() + dropped @ ((d - 1) * noisy + d * delta).t() + plain.layer.bias
+    dropped = layer.lora_dropout["default"](x)
+    expected = product(x, noisy, bias)
+    expected = expected + product(dropped, (d - 1) * noisy + d * delta, torch.zeros_like(bias))
     torch.testing.assert_close(result.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DORA)
+def test_dora_starts_as_lora(kind):
+    """mu = ||V||, so W' and its noise are those of LoRA with these A and B."""
+    model, _ = adapted(kind, use_dora=True)
+    twin, _ = adapted(kind)
+    own = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name in own:
+                value.copy_(own[name])
+        for layer in peft_layers(model):
+            dora = layer.lora_magnitude_vector["default"]
+            delta, weight = layer.get_delta_weight("default"), layer.get_base_layer().weight
+            delta = delta.t() if dora.fan_in_fan_out else delta
+            dora.weight.copy_(dora.get_weight_norm(weight, delta, scaling=1))
+    x = inputs(kind)
+    for mode in MODES:
+        with attach(model, SIGMA, mode=mode).window(), attach(twin, SIGMA, mode=mode).window():
+            torch.testing.assert_close(model(*x), twin(*x), rtol=1e-4, atol=1e-4)
+        detach(model)
+        detach(twin)

@@ -7,8 +7,10 @@ pytest.importorskip("trl", reason="trl is not installed")
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
+from every_method import EVERY, NEWER
 from peft import LoraConfig
 from tiny import bits, llama, same_bits, tokens
+from tiny_trainer import batches_of, items
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -27,7 +29,7 @@ def vocabulary():
     )
 
 
-def trainer_of(folder, base, kind=SFTTrainer, **options):
+def trainer_of(folder, base, kind=SFTTrainer, method=None, **options):
     rows = tokens(16)["input_ids"].clamp(max=61).tolist()
     # A fingerprint of its own: to compute one, some versions of datasets pickle all of pyarrow.
     examples = Dataset(InMemoryTable.from_pydict({"input_ids": rows}), fingerprint="tiny")
@@ -35,7 +37,6 @@ def trainer_of(folder, base, kind=SFTTrainer, **options):
         str(folder),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=3,
-        num_train_epochs=1,
         logging_steps=1,
         report_to=[],
         save_strategy="no",
@@ -43,14 +44,16 @@ def trainer_of(folder, base, kind=SFTTrainer, **options):
         bf16=False,
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
+        **{"num_train_epochs": 1, **options},
     )
+    own = {} if method is None else {"method": method}
     return kind(
         model=base,
         args=arguments,
         train_dataset=examples,
         processing_class=vocabulary(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        **options,
+        **own,
     )
 
 
@@ -78,10 +81,11 @@ def test_supervised_fine_tuning(tmp_path, mode):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_sam_s_two_passes(tmp_path):
-    class SAMTrainer(MethodTrainerMixin, SFTTrainer):
-        pass
+class MethodTrainer(MethodTrainerMixin, SFTTrainer):
+    """What users write."""
 
+
+def test_sam_s_two_passes(tmp_path):
     passes = []
 
     class Counting(SAM):
@@ -89,9 +93,39 @@ def test_sam_s_two_passes(tmp_path):
             passes.append(trainer.state.global_step)
             return super().add_gradient(*args, **kwargs)
 
-    trainer = trainer_of(tmp_path, llama(), SAMTrainer, method=Counting)
+    trainer = trainer_of(tmp_path, llama(), MethodTrainer, method=Counting)
     before = bits(trainer.model)
     trainer.train()
     assert passes == [0] * 6 + [1] * 6 + [2] * 4
     changed = {k for k, v in bits(trainer.model).items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if "lora_" in k}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_training_is_the_method_s_own(tmp_path, name):
+    """Under TRL's recomputed activations, as by hand without them."""
+    options = {"max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant"}
+    options |= {"learning_rate": 0.1, "max_grad_norm": 1.0}
+    trainer = trainer_of(tmp_path, llama(), MethodTrainer, method=EVERY[name], **options)
+    model, order = trainer.model, batches_of(trainer)
+    # Not a copy, whose forward TRL has bound to the model itself.
+    twin, before = trainer_of(tmp_path, llama(), **options).model, bits(model)
+    twin.load_state_dict(model.state_dict())
+    trainer.train()
+    order = order[:3]  # one more is read ahead
+    twin.gradient_checkpointing_disable()
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    by_hand = EVERY[name](twin.train(), torch.optim.SGD(trained, lr=0.1), max_grad_norm=1.0)
+    count = items(trainer, order)
+
+    def loss_fn(batch):
+        return twin(**batch, num_items_in_batch=count).loss * 3
+
+    by_hand.step(loss_fn, order)
+    after, expected = bits(model), bits(twin)
+    for key, value in after.items():
+        if "lora_" in key:
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(value, before[key])
+    assert not same_bits(after, before)

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from every_method import EVERY
 from tiny import adapted, bits, same_bits
 from tiny_trainer import SIGMA, batches_of, is_base, trainer_of
 from transformers import Trainer
@@ -56,8 +57,15 @@ def check_the_draws_of_lpf_sgd(folder):
     check_method(folder, partial(methods.LPFSGD, sigma=1e-2), in_turn=True)
 
 
-def check_method(folder, method, rtol=1e-4, in_turn=False):
+def check_those_that_keep_gradients_or_draw(folder):
+    # Of forwards alone: MeZO. Every method under DDP itself: tests/methods/test_ddp.py.
+    for name in ("GSAM", "GAM", "SmoothOut", "EntropySGD", "LoRAPro"):
+        check_method(folder, EVERY[name], rtol=1e-3, epochs=1, lr=0.2)
+
+
+def check_method(folder, method, rtol=1e-4, in_turn=False, epochs=2, lr=1e-2):
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    options |= {"num_train_epochs": epochs, "learning_rate": lr}
     model, twin = adapted(), adapted()
     trainer = trainer_of(
         folder, model, kind=partial(MethodTrainer, method=method), ddp_backend="gloo", **options
@@ -67,8 +75,8 @@ def check_method(folder, method, rtol=1e-4, in_turn=False):
     # One process by hand: a micro-batch is what the ranks have of it together, or one by one.
     pairs = list(zip(*of_all_ranks(order), strict=True))
     trained = [p for p in twin.parameters() if p.requires_grad]
-    by_hand = method(twin, torch.optim.SGD(trained, lr=1e-2))
-    for _ in range(2):
+    by_hand = method(twin, torch.optim.SGD(trained, lr=lr))
+    for _ in range(epochs):
         for size in (3, 1):
             group, pairs = pairs[:size], pairs[size:]
             if in_turn:
@@ -80,7 +88,7 @@ def check_method(folder, method, rtol=1e-4, in_turn=False):
     for name, value in bits(twin).items():
         torch.testing.assert_close(bits(model)[name], value, rtol=rtol, atol=1e-6)
         moved = max(moved, (value - start[name]).abs().max().item())
-    assert moved > 1e-4
+    assert moved > 1e-4, moved
     assert all(same_bits(bits(model), other) for other in of_all_ranks(bits(model)))
 
 

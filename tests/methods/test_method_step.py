@@ -22,7 +22,7 @@ from method_cases import (
 from torch import nn
 
 from flatkern.methods import BAR, EntropySGD, LoRA, NoisyTune
-from flatkern.nn import DoRALinear, NoRALinear
+from flatkern.nn import BDALinear, DoRALinear, NoRALinear
 
 
 def test_lora_is_the_usual_loop():
@@ -405,13 +405,13 @@ def test_batch_norms_count_a_batch_once(case):
 
 
 @every_case
-@pytest.mark.parametrize("layer", [DoRALinear, NoRALinear])
+@pytest.mark.parametrize("layer", [DoRALinear, NoRALinear, BDALinear])
 def test_other_kinds_of_adapter(case, layer):
     model = make_model(layer=layer)
     before = copies(model)
-    # Those are about A and B, which NoRA does not train.
-    if layer is NoRALinear and issubclass(case.type, PAIRED):
-        with pytest.raises(ValueError, match="whose lora_A and lora_B are trained"):
+    # Those are about A and B, which NoRA does not train, with W' = W + s B A.
+    if layer is not DoRALinear and issubclass(case.type, PAIRED):
+        with pytest.raises(ValueError, match="lora_A and lora_B are trained, with nothing between"):
             case(model, sgd(model))
         return
     method = case(model, sgd(model, lr=1e-3))

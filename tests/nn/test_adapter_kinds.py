@@ -12,6 +12,7 @@ from torch import nn
 
 import flatkern
 from flatkern.nn import (
+    BDALinear,
     DoRALinear,
     LoRALinear,
     NoRALinear,
@@ -87,7 +88,16 @@ def nora():
     return adapted(layer=NoRALinear, r_inner=2)
 
 
+def bda():
+    return adapted(layer=BDALinear)
+
+
+def pissa_bda():
+    return adapted(layer=BDALinear, square=True, init_lora_weights="pissa")
+
+
 KINDS = [dora, dora_rslora, pissa, pissa_rslora, pissa_dora, mixed_starts, lora_ga, nora]
+KINDS += [bda, pissa_bda]
 
 
 @pytest.fixture
@@ -187,6 +197,7 @@ FILES = {"lora": adapted, "dora": dora, "pissa": None}
 WRONG = [
     ("lora", dora, "fc must be the saved LoRALinear, got DoRALinear"),
     ("lora", nora, "fc must be the saved LoRALinear, got NoRALinear"),
+    ("lora", bda, "fc must be the saved LoRALinear, got BDALinear"),
     ("dora", adapted, "fc must be the saved DoRALinear, got LoRALinear"),
     ("lora", pissa, "fc must be over the weight that the file means"),
     ("lora", lora_ga, "fc must be over the weight that the file means"),

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 import flatkern
-from flatkern.nn import DoRALinear, LoRALinear, NoRALinear, adalora_factors, replace_linear
+from flatkern.nn import (
+    BDALinear,
+    DoRALinear,
+    LoRALinear,
+    NoRALinear,
+    adalora_factors,
+    replace_linear,
+)
 
 SIGMA = 0.1
 KINDS = {
@@ -13,6 +20,8 @@ KINDS = {
     "rslora": {"use_rslora": True, "lora_alpha": 7},
     "dora": {"layer": DoRALinear},
     "nora": {"layer": NoRALinear, "r_inner": 3},
+    "bda": {"layer": BDALinear},
+    "square bda": {"layer": BDALinear, "square": True},
     "pissa": {"init_lora_weights": "pissa"},
 }
 
@@ -23,6 +32,8 @@ def merged(layer):
     lora_A, lora_B = part["lora_A"], part["lora_B"]
     if isinstance(layer, NoRALinear):
         lora_A, lora_B = part["nora_A"] @ lora_A, lora_B @ part["nora_B"]
+    if isinstance(layer, BDALinear):
+        lora_A = (part["lora_D"] if layer.square else part["lora_D"].diag()) @ lora_A
     return part["weight"] + layer.scaling * lora_B @ lora_A
 
 
@@ -36,7 +47,7 @@ def test_the_scale_is_that_of_the_merged_weight(kind, dtype, cast):
     layer = model[0]
     with torch.no_grad():
         for name, value in layer.named_parameters():
-            if name.endswith("_B"):
+            if name.endswith(("_B", "_D")):
                 value.normal_(std=0.3)
     if cast is not None:
         model.to(cast)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flatkern
 from flatkern.integrations import peft as flatkern_peft
-from flatkern.nn import DoRALinear, LoRALinear, NoRALinear
+from flatkern.nn import BDALinear, DoRALinear, LoRALinear, NoRALinear
 
 # More tokens than columns: A is kept in place of x A^T, where it is no parameter.
 IN, OUT, TOKENS = 64, 48, 80
@@ -32,6 +32,7 @@ LAYERS = {
     "LoRALinear bfloat16": functools.partial(own, LoRALinear, dtype=torch.bfloat16),
     "DoRALinear": functools.partial(own, DoRALinear),
     "NoRALinear": functools.partial(own, NoRALinear),
+    "BDALinear": functools.partial(own, BDALinear),
     "PEFT": wrapped,
     "PEFT DoRA": functools.partial(wrapped, use_dora=True),
 }

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatkern.nn import (
+    BDALinear,
     DoRALinear,
     LoRALinear,
     NoRALinear,
@@ -17,7 +18,13 @@ from flatkern.nn import (
 
 
 @pytest.mark.parametrize(
-    ("layer", "second"), [(LoRALinear, "lora_B"), (DoRALinear, "lora_B"), (NoRALinear, "nora_B")]
+    ("layer", "second"),
+    [
+        (LoRALinear, "lora_B"),
+        (DoRALinear, "lora_B"),
+        (NoRALinear, "nora_B"),
+        (BDALinear, "lora_B"),
+    ],
 )
 def test_b_learns_faster(layer, second):
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 2))

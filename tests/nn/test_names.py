@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from flatkern.nn.names import named_modules, named_parameters
+from flatkern.nn.names import hint, named_modules, named_parameters
 
 
 def make_model():
@@ -63,3 +63,12 @@ def test_plain_models_are_listed_as_torch_lists_them():
             found = [(name, id(value)) for name, value in own(model, duplicates)]
             expected = theirs(remove_duplicate=duplicates)
             assert found == [(name, id(value)) for name, value in expected]
+
+
+def test_a_name_that_is_none_gets_a_hint():
+    names = [f"layers.{i}.mlp.{own}" for i in range(3) for own in ("up_proj", "down_proj")]
+    assert hint("down_prj", names) == "did you mean down_proj?"
+    assert hint("mlp.up", names) == "did you mean mlp.up_proj?"
+    assert hint("zz", names) == "there are mlp.up_proj, mlp.down_proj"
+    assert hint("zz", map(str, range(12))) == "there are 0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
+    assert hint("zz", []) == "there are none"

@@ -8,7 +8,7 @@ from noisy_models import data, make_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flatkern
-from flatkern.nn import DoRALinear, NoRALinear
+from flatkern.nn import BDALinear, DoRALinear, NoRALinear
 
 both_modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
 
@@ -59,6 +59,7 @@ def test_one_compilation_over_20_steps(mode, autocast):
 
 
 KINDS = [{"layer": DoRALinear}, {"layer": DoRALinear, "renorm": True}, {"layer": NoRALinear}]
+KINDS += [{"layer": BDALinear}]
 
 
 @both_modes

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flatkern
-from flatkern.nn import DoRALinear, NoRALinear, awsvd_init, lora_ga_init, replace_linear
+from flatkern.nn import BDALinear, DoRALinear, NoRALinear, awsvd_init, lora_ga_init, replace_linear
 
 M, N = 14, 20
 SIGMA = 0.2
@@ -55,7 +55,15 @@ def nora(model):
     awsvd_init(model, [torch.randn(7, N).to(model[0].weight.dtype)])
 
 
-KINDS = [lora, rslora, pissa, lora_ga, dora, renorm, pissa_dora, nora]
+def bda(model):
+    replace_linear(model, "all-linear", r=4, lora_alpha=6, layer=BDALinear)
+
+
+def square(model):
+    replace_linear(model, "all-linear", r=4, lora_alpha=6, layer=BDALinear, square=True)
+
+
+KINDS = [lora, rslora, pissa, lora_ga, dora, renorm, pissa_dora, nora, bda, square]
 
 
 def make(kind, dtype):
@@ -84,6 +92,9 @@ def low_rank(layer, own):
     """W' of the kind without DoRA's scale, minus W."""
     if isinstance(layer, NoRALinear):
         return layer.scaling * own["lora_B"] @ own["nora_B"] @ own["nora_A"] @ own["lora_A"]
+    if isinstance(layer, BDALinear):
+        inner = own["lora_D"] if layer.square else own["lora_D"].diag()
+        return layer.scaling * own["lora_B"] @ inner @ own["lora_A"]
     return layer.scaling * own["lora_B"] @ own["lora_A"]
 
 
