@@ -173,8 +173,8 @@ class WeightNoise:
         mode = mode_for(_OP, self._mode, micro_batches, self._targets)
         registry.require_free(_OP, self._targets, self)
         self._weights.check()
-        self._open = _Open(step, sigma_t, advances, mode)
         try:
+            self._open = _Open(step, sigma_t, advances, mode)
             registry.register(self)
             self._weights.enter(key, sigma_t, self._sigma)
             self._weights.show(mode)
