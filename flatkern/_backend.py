@@ -179,9 +179,14 @@ def backend(name: str) -> Iterator[None]:
     global _named
     if name != "auto":
         _require_usable(name)
-    before, _named = _named, name
+    before = _named
+    # Twice, so that Ctrl-C at any line of this block restores too.
     try:
-        yield
+        try:
+            _named = name
+            yield
+        finally:
+            _named = before
     finally:
         _named = before
 

@@ -50,7 +50,7 @@ def plot_surface(
         TypeError, ValueError: an argument of the wrong kind or value; surfaces without a finite
             point.
         ImportError: matplotlib or plotly is missing; the extra that brings it is named.
-        OSError: the path cannot be written.
+        OSError: the path cannot be written (FileNotFoundError: its folder is missing).
     """
     op = "plot_surface"
     surfaces = _named(op, "surface", surface, Surface)
@@ -153,6 +153,10 @@ def _path(op: str, path: str | os.PathLike, accepted: Sequence[str] = _ALL) -> P
     path = Path(path)
     if path.suffix not in accepted:
         _check.refuse(op, "path", f"a file that ends in {', '.join(accepted)}", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{op}: path must be in a folder that exists, got {str(path)!r}; make {path.parent}"
+        )
     return path
 
 

@@ -18,7 +18,7 @@ from flatkern.landscape._progress import progress_of
 from flatkern.landscape._ranks import Ranks
 from flatkern.landscape._weights import find_weights
 from flatkern.landscape.directions import Plane, check_draws
-from flatkern.noise import NoiseKey
+from flatkern.noise.keys import check_word
 from flatkern.ops import _check
 
 # Seconds between two writes of a partial result.
@@ -230,7 +230,7 @@ class _Grid:
         _check.kinds(self._op, nn.Module, model=model)
         _check.kinds(self._op, Plane, optional=True, plane=plane)
         if plane is None:
-            NoiseKey(options["seed"])
+            check_word(self._op, "seed", options["seed"])
             options["draws"] = check_draws(self._op, options["draws"])
             plane = Plane(model, **options)
         weights = find_weights(self._op, model, plane.scope)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from flatkern import ops
+from flatkern._version import NOISE_VERSION
 from flatkern.methods.base import Method
 from flatkern.nn import shards
 from flatkern.noise import NoiseKey
+from flatkern.noise.keys import check_version, check_word
 from flatkern.noise.numbers import tensor_numbers
 from flatkern.ops import _check
 
@@ -37,7 +39,7 @@ class Seeded(Method):
             TypeError, ValueError: see `Method`; a seed of the wrong kind or value.
         """
         super().__init__(model, optimizer, **options)
-        NoiseKey(seed)
+        check_word(type(self).__name__, "seed", seed)
         self._seed = seed
         self._step = 0
         self._told = False
@@ -59,8 +61,8 @@ class Seeded(Method):
         return stepped
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed and the step."""
-        return {"seed": self._seed, "step": self._step}
+        """The seed, the step and the version of the noise."""
+        return {"seed": self._seed, "step": self._step, "noise_version": NOISE_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -68,8 +70,12 @@ class Seeded(Method):
         Raises:
             TypeError, ValueError: not what `state_dict` gives; nothing is changed.
         """
+        if isinstance(state_dict, dict):
+            rest = check_version(type(self).__name__, state_dict)
+            state_dict = {**rest, "noise_version": NOISE_VERSION}
         super().load_state_dict(state_dict)
-        NoiseKey(state_dict["seed"], state_dict["step"])
+        for word in ("seed", "step"):
+            check_word(type(self).__name__, word, state_dict[word])
         self._seed, self._step = state_dict["seed"], state_dict["step"]
 
 

@@ -1,4 +1,4 @@
-"""Which layers made their product in windows, and which only had their weights read.
+"""What ran in windows: which layers made their product, which only had their weights read.
 
 A virtual window is seen by whoever calls a layer. Code that reads `layer.weight` and multiplies by
 itself sees no noise, and nothing else would tell.
@@ -31,6 +31,7 @@ class Calls:
     layers were called). Where others of its kind were called, those whose names differ only in
     numbers of a ModuleList, such as experts or the layers that LayerDrop leaves out, that takes
     100 windows, else one. A model that was compiled leaves no trace: none of its layers is silent.
+    Where no forward ran at all, in a first window, that is said instead, and no layer is silent.
 
     Attributes:
         silent: the names of the weights of silent layers.
@@ -45,6 +46,9 @@ class Calls:
         self._unseen = set(layers)
         self._kinds_seen: set[str] = set()
         self._windows = 0
+        self._said_idle = self._said_steps = False
+        self._is_watched = False
+        self._stepped: list[int] = []
         sequences = {n for n, m in named_modules(model) if isinstance(m, nn.Sequential)}
         self._kinds = {target: _kind(target.name, sequences) for target in layers}
 
@@ -52,13 +56,15 @@ class Calls:
         """Note from here on whether the model's forward runs, or no longer."""
         hooks = self._model._forward_pre_hooks
         if noisy:
+            self._is_watched = True
             hooks[_HOOK] = self._hook
         elif hooks.get(_HOOK) is self._hook:
             del hooks[_HOOK]
 
     def begin(self) -> None:
         """A window opens."""
-        self._hook.ran = False
+        self._hook.ran = self._is_watched = False
+        self._stepped.clear()
 
     def end(self, op: str, states: list[State]) -> None:
         """A window whose noise is not zero closes; UserWarning, once for each silent layer."""
@@ -68,7 +74,10 @@ class Calls:
         self._kinds_seen |= {self._kinds[target] for target in called}
         gone = {target.name for target in called}
         self.silent = [name for name in self.silent if name not in gone]
-        if not self._unseen or self._model in _TRACED or not (called or self._hook.ran):
+        if not self._unseen or self._model in _TRACED:
+            return
+        if not (called or self._hook.ran):
+            self._say_idle(op)
             return
         self._windows += 1
         late = self._windows >= _PATIENCE
@@ -87,6 +96,44 @@ class Calls:
                 "called in this window. Code that reads a layer's weight sees virtual noise "
                 'nowhere; mode="inplace" shows it to every reader',
                 stacklevel=3,
+            )
+
+    def _say_idle(self, op: str) -> None:
+        """No forward ran: said once, and only before the first one that did.
+
+        Later windows may replay a CUDA graph, which calls nothing.
+        """
+        if self._said_idle or self._windows or not self._is_watched:
+            return
+        if len(self._unseen) < len(self._kinds):
+            return
+        self._said_idle = True
+        warnings.warn(
+            f"{op}: a window was closed and the model's forward never ran in it, so that no noise "
+            "was seen: run forward and backward between open and close (outside paused()), on the "
+            "model that this object was made for",
+            stacklevel=4,
+        )
+
+    def note_step(self, op: str, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped in the open window; UserWarning, once, if it had before.
+
+        One step, before the close and not behind it, changes no bit of adapters. (A step of
+        weights that noise is written in is an error at the close.)
+        """
+        if id(optimizer) not in self._stepped:
+            self._stepped.append(id(optimizer))
+            return
+        if self._said_steps:
+            return
+        own = set(map(id, self._model.parameters()))
+        if any(id(weight) in own for group in optimizer.param_groups for weight in group["params"]):
+            self._said_steps = True
+            warnings.warn(
+                f"{op}: the optimizer stepped again inside one window, so that both steps have "
+                "the same noise, at the scale of the weights when it opened: open a window for "
+                "every optimizer step, and step behind it",
+                stacklevel=5,
             )
 
     def mark_traced(self) -> None:

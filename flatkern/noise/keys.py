@@ -1,10 +1,12 @@
 """The address of a noise draw."""
 
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flatkern._version import NOISE_VERSION
 from flatkern.ops import _check
 
 RANKS = ("same", "independent")
@@ -26,15 +28,35 @@ class NoiseKey:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            word = getattr(self, field.name)
-            if not isinstance(word, int) or isinstance(word, bool):
-                raise TypeError(f"NoiseKey: {field.name} must be int, got {type(word).__name__}")
-            if not 0 <= word < 2**32:
-                raise ValueError(f"NoiseKey: {field.name} must be in [0, 2**32), got {word}")
+            check_word("NoiseKey", field.name, getattr(self, field.name))
 
     def to(self, device: torch.device | str) -> Tensor:
         """The int64 [4] tensor that the ops take."""
         return torch.tensor(astuple(self), dtype=torch.int64, device=device)
+
+
+def check_word(op: str, argument: str, word: int) -> None:
+    """TypeError or ValueError, in the name of `op`, unless `word` is an int in [0, 2^32)."""
+    if not isinstance(word, int) or isinstance(word, bool):
+        raise TypeError(f"{op}: {argument} must be int, got {type(word).__name__}")
+    if not 0 <= word < 2**32:
+        raise ValueError(f"{op}: {argument} must be in [0, 2**32), got {word}")
+
+
+def check_version(op: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A `state_dict` without its "noise_version"; those of before there was one have the first.
+
+    Raises:
+        ValueError: this version of flatkern makes other noise than the one that saved it.
+    """
+    rest = dict(state_dict)
+    version = rest.pop("noise_version", 1)
+    if version != NOISE_VERSION:
+        raise ValueError(
+            f"{op}: state_dict's noise_version must be {NOISE_VERSION}, got {version!r}: a run "
+            "that goes on here would see other noise; use the flatkern that saved it"
+        )
+    return rest
 
 
 def draw_word(op: str, draw: int, ranks: str) -> int:

@@ -3,21 +3,35 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks as _STEP_HOOKS
+from torch.utils.hooks import RemovableHandle
 
 from flatkern.ops import _check
 
 _OPEN: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# As torch.optim's register_optimizer_step_post_hook makes it; once, which costs windows less.
+_HANDLE = RemovableHandle(_STEP_HOOKS)
 
 
 def register(noise: Any) -> None:
     """Its window is open."""
     _OPEN.add(noise)
+    _STEP_HOOKS[_HANDLE.id] = _note_step
 
 
 def unregister(noise: Any) -> None:
     """Its window is closed."""
     _OPEN.discard(noise)
+    if not _OPEN:
+        _HANDLE.remove()
+
+
+def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A step of any optimizer while a window is open."""
+    for noise in list(_OPEN):
+        noise.note_step(optimizer)
 
 
 def require_free(op: str, targets: list[Any], owner: Any = None) -> None:

@@ -169,6 +169,8 @@ class Weights:
         # In a few calls; where one is refused, weight by weight, so that the others are restored.
         with contextlib.suppress(Exception):
             self.hide()
+        # Again: that may have failed before it came to this.
+        self.calls.watch(False)
         # From here on a backward through the window raises.
         bump_versions(self._tables)
         failed: dict[State, Exception] = {}

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from flatkern._version import NOISE_VERSION
 from flatkern.noise import registry
 from flatkern.noise.fisher import Fisher
-from flatkern.noise.keys import NoiseKey, draw_word
+from flatkern.noise.keys import NoiseKey, check_version, check_word, draw_word
 from flatkern.noise.modes import mode_for
 from flatkern.noise.options import check_options
 from flatkern.noise.schedules import Schedule, factor_at, schedule_of
@@ -165,13 +167,14 @@ class WeightNoise:
         self._require_closed("open")
         advances = step is None
         step = self._next_step if step is None else step
+        check_word(_OP, "step", step)
         key = NoiseKey(self._seed, step, draw_word(_OP, draw, self._ranks))
         sigma_t = self._sigma_at(step)
         mode = mode_for(_OP, self._mode, micro_batches, self._targets)
         registry.require_free(_OP, self._targets, self)
         self._weights.check()
-        self._open = _Open(step, sigma_t, advances, mode)
         try:
+            self._open = _Open(step, sigma_t, advances, mode)
             registry.register(self)
             self._weights.enter(key, sigma_t, self._sigma)
             self._weights.show(mode)
@@ -301,11 +304,13 @@ class WeightNoise:
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs, beside the constructor's arguments: the seed and the step.
 
+        And the version of the noise: another one, whose bits differ, is refused.
+
         Raises:
             RuntimeError: a window is open.
         """
         self._require_closed("state_dict")
-        return {"seed": self._seed, "step": self._next_step}
+        return {"seed": self._seed, "step": self._next_step, "noise_version": NOISE_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue from `state_dict()`; nothing is changed on an error.
@@ -316,11 +321,13 @@ class WeightNoise:
         """
         self._require_closed("load_state_dict")
         _check.kinds(_OP, dict, state_dict=state_dict)
+        state_dict = check_version(_OP, state_dict)
         if state_dict.keys() != {"seed", "step"}:
             raise ValueError(
                 f"{_OP}: state_dict must have the keys seed and step, got {sorted(state_dict)}"
             )
-        NoiseKey(**state_dict)
+        for word in ("seed", "step"):
+            check_word(_OP, word, state_dict[word])
         self._seed, self._next_step = state_dict["seed"], state_dict["step"]
 
     def _require_closed(self, action: str) -> None:
@@ -341,6 +348,12 @@ class WeightNoise:
     def _states(self) -> list[State]:
         return self._weights.states
 
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What every optimizer tells the windows that are open when it has stepped."""
+        window = self._open
+        if window is not None and window.sigma_t > 0 and not window.paused:
+            self._weights.calls.note_step(_OP, optimizer)
+
     def row_squares(self, name: str, gradient: Tensor) -> Tensor:
         """The sum of squares of a gradient over each row of weight `name`, as its scale has rows.
 
@@ -358,8 +371,9 @@ class WeightNoise:
         if self._open is None:
             return
         self._weights.leave()
-        self._open = None
+        # In this order: an interruption in between leaves what calling it again finishes.
         registry.unregister(self)
+        self._open = None
 
     def __del__(self) -> None:
         """A window whose owner is gone is closed: nobody else could."""

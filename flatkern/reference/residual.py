@@ -286,6 +286,16 @@ def decode(noisy: Tensor, e: Tensor, elementwise: bool, residual: Tensor) -> tup
     return from_codes(torch.where(refused[at.of], after, code), noisy), refused
 
 
+def holds(noisy: Tensor, residual: Tensor) -> Tensor:
+    """Which chunks are the S that the residual was filled for; bool [chunks]."""
+    at = _Chunked(noisy, residual)
+    entry = at.directory.long() & MASK
+    mode, offset = entry & 3, (entry >> 2).clamp_max(len(at.pool))
+    pool = torch.cat([at.pool.long() & MASK, at.pool.new_zeros(2, dtype=torch.int64)])
+    short = (mode == PACKED) | (mode == GRID)
+    return (mode != CLEAN) & (pool[offset + short] == at.check(codes(noisy)))
+
+
 def _apply_lists(at, code, pool, begin, listed, refused):
     """Overwrite what the brackets missed; a position outside its chunk refuses the chunk."""
     two = at.layout.itemsize == 4

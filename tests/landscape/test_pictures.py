@@ -44,6 +44,16 @@ def test_surfaces(tmp_path, kind, suffix):
     landscape.plot_surface(several, tmp_path / f"four{suffix}", kind=kind, log=True)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_a_missing_folder_is_named(tmp_path, suffix):
+    path = tmp_path / "absent" / f"one{suffix}"
+    with pytest.raises(FileNotFoundError, match=r"plot_surface: path must be .*absent"):
+        landscape.plot_surface(surface(), path)
+    if suffix == ".png":
+        with pytest.raises(FileNotFoundError, match=r"plot_radius: path must be .*absent"):
+            landscape.plot_radius(curve(), path)
+
+
 @needs_matplotlib
 def test_lines(tmp_path):
     lines = {"a": surface(dimensions=1), "b": surface(dimensions=1)}

@@ -118,7 +118,7 @@ def test_resuming_gives_the_same_bits(mode):
     parts = make()
     train(parts[0], parts[2], 3)
     states = [copy.deepcopy(part.state_dict()) for part in parts]
-    assert states[2] == {"noise": {"seed": 0, "step": 3}}
+    assert states[2] == {"noise": {"seed": 0, "step": 3, "noise_version": 1}}
     resumed = make()
     for part, state in zip(resumed, states, strict=True):
         part.load_state_dict(state)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import flatkern
 from flatkern.nn import replace_linear
@@ -72,16 +73,76 @@ def test_no_warning_where_noise_is_seen_or_zero(options):
     assert noise.silent == []
 
 
-def test_no_warning_without_a_noisy_forward():
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_window_without_a_noisy_forward_says_so_once(paused):
+    """And names no layer: a forward inside paused() or on another model is none of these."""
     model, noise = make(Attention())
+
+    def run():
+        with noise.window():
+            if paused:
+                with noise.paused():
+                    model(torch.randn(2, 8))
+
+    with pytest.warns(UserWarning, match="forward never ran"):
+        run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with noise.window():
-            pass
-        with noise.window(), noise.paused():
-            model(torch.randn(2, 8))
+        run()
     assert noise.silent == []
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("options", [{"mode": "inplace"}, {"schedule": flatkern.cosine_ramp(10)}])
+def test_windows_that_are_read_or_replayed_or_noiseless_may_have_no_forward(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noise = make(Attention(), **options)[1]
+        with noise.window():
+            pass
+        model, noise = make(nn.Sequential(nn.Linear(8, 8)))
+        for x in (torch.randn(2, 8), None):
+            with noise.window():
+                if x is not None:
+                    model(x)
+
+
+def stepping(model, noise, steps, inside=True, optimizers=None):
+    """The messages of a window with so many optimizer steps."""
+    optimizers = optimizers or [torch.optim.SGD([p for p in model.parameters() if p.requires_grad])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(1 if inside else steps):
+            with noise.window():
+                for _ in range(steps if inside else 1):
+                    model(torch.randn(2, 8)).sum().backward()
+                    for optimizer in optimizers if inside else ():
+                        optimizer.step()
+            for optimizer in () if inside else optimizers:
+                optimizer.step()
+    return [w for w in caught if "stepped again inside one window" in str(w.message)]
+
+
+@pytest.mark.parametrize("mode", ["virtual", "inplace"])
+def test_a_second_optimizer_step_in_one_window_is_said_once(mode):
+    model, noise = make(nn.Sequential(nn.Linear(8, 8)), mode=mode)
+    assert not stepping(model, noise, 3, inside=False)
+    assert not stepping(model, noise, 1)
+    (warning,) = stepping(model, noise, 3)
+    assert warning.filename == __file__
+    assert not stepping(model, noise, 3)
+    assert not _global_optimizer_post_hooks
+
+
+def test_steps_of_others_and_without_noise_are_not_said():
+    model, noise = make(nn.Sequential(nn.Linear(8, 8)))
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    assert not stepping(model, noise, 3, optimizers=[other])
+    # One for each weight, as where optimizers step in backward.
+    each = [torch.optim.SGD([p]) for p in model.parameters() if p.requires_grad]
+    assert not stepping(model, noise, 1, optimizers=each)
+    model, noise = make(nn.Sequential(nn.Linear(8, 8)), schedule=flatkern.cosine_ramp(10))
+    assert not stepping(model, noise, 3)
 
 
 def test_experts_without_tokens_take_a_hundred_windows(monkeypatch):

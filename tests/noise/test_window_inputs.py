@@ -26,11 +26,12 @@ def test_state_is_checked():
         ({"seed": 1, "step": 2, "more": 3}, ValueError),
         ({"seed": -1, "step": 2}, ValueError),
         ({"seed": 1, "step": 2.0}, TypeError),
+        ({"seed": 1, "step": 2, "noise_version": 2}, ValueError),
         ([1, 2], TypeError),
     ):
         with pytest.raises(error):
             noise.load_state_dict(state)
-    assert noise.state_dict() == {"seed": 4, "step": 0}
+    assert noise.state_dict() == {"seed": 4, "step": 0, "noise_version": 1}
     with noise.window():
         with pytest.raises(RuntimeError, match="while a window is open"):
             noise.state_dict()
@@ -90,7 +91,7 @@ def test_options_are_checked(option, error):
     model = make_model()
     before = clean_weights(model)
     ((name, _),) = option.items()
-    with pytest.raises(error, match=name) as caught:
+    with pytest.raises(error, match=f"^WeightNoise: {name} ") as caught:
         flatkern.WeightNoise(model, **option)
     if error is ValueError:
         assert ACCEPTED.get(name, "") in str(caught.value)

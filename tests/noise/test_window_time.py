@@ -262,8 +262,8 @@ def test_resume(mode):
     whole, _ = run(6)
     first, state = run(3)
     second, end = run(3, copy.deepcopy(state))
-    assert state == {"seed": 9, "step": 3}
-    assert end == {"seed": 9, "step": 6}
+    assert state == {"seed": 9, "step": 3, "noise_version": 1}
+    assert end == {"seed": 9, "step": 6, "noise_version": 1}
     for got, expected in zip(first + second, whole, strict=True):
         tolerances.assert_same_bits(got, expected)
 

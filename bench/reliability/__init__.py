@@ -1,0 +1,1 @@
+"""What was tried against flatkern, as commands: docs/reliability.md has what they found."""
