@@ -183,7 +183,7 @@ class Subject:
             flatkern.close(model)
         require(not (self.noise and self.noise.active), "a window is open")
         for name, weight in model.named_parameters():
-            if not self.stepping or "lora_" not in name and not weight.requires_grad:
+            if not self.stepping or ("lora_" not in name and not weight.requires_grad):
                 require(_same(weight, self.before[name]), f"{name} is not what it was")
         for module, (attributes, hooks) in self.attributes.items():
             extra = set(vars(module)) ^ attributes

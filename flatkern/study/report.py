@@ -71,7 +71,7 @@ def _page(
         f"{json.dumps(conditions)}.",
         "Accuracies and macro F1 in percent, mean ± standard deviation over seeds. The value of an "
         "arm is the one with the best mean validation accuracy (true labels); the test sets were "
-        f"not read. Flatness: mean rise of the held-out loss around the merged weights, {FLATNESS}. "
+        f"not read. Flatness: mean rise of the held-out loss around merged weights, {FLATNESS}. "
         "vs LoRA: paired by seed, percentage points with 95 % t-intervals; p after Holm's "
         f"correction over all {len(comparisons)} comparisons. Frozen weights that changed: "
         f"{cells['changed'].sum()}.",

@@ -6,8 +6,8 @@ import math
 import random
 from pathlib import Path
 
-import numpy as np
 import few
+import numpy as np
 import oracle
 import pytest
 import scipy.stats

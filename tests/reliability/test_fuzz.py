@@ -222,9 +222,7 @@ def test_perturb_in_every_form(implementation, device, problem):
     weight, scale, key = problem.weight(device), problem.scale(device), problem.key_on(device)
     z = ops.noise(problem.rows, problem.cols, key, **problem.offsets).cpu()
     clean = weight.view.clone()
-    expected = oracle.perturbed(
-        clean.cpu(), scale.cpu(), z, elementwise=problem.elementwise
-    )
+    expected = oracle.perturbed(clean.cpu(), scale.cpu(), z, elementwise=problem.elementwise)
     noisy = ops.perturb(weight.view, scale, key, **problem.options)
     size = noise_size(clean, scale, problem.elementwise)
     tolerances.assert_perturbed(implementation, noisy, expected, size, before=clean)
@@ -318,9 +316,7 @@ def test_noisy_linear(implementation, device, problem):
         own_x = x.to(dtype).clone().requires_grad_()
         own = [None if a is None else a.to(dtype).clone().requires_grad_() for a in adapters]
         if weight is None:
-            y = ops.noisy_linear(
-                own_x, values.view, None, *own, 0.5, scale, key, **problem.options
-            )
+            y = ops.noisy_linear(own_x, values.view, None, *own, 0.5, scale, key, **problem.options)
         else:
             y = oracle.lora_product(own_x, weight.to(dtype), None, *own, 0.5)
         y.backward(torch.ones_like(y))

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-pd = pytest.importorskip("pandas", reason="the study's extras are not installed")
+pytest.importorskip("pandas", reason="the study's extras are not installed")
 pytest.importorskip("sklearn", reason="the study's extras are not installed")
 pytest.importorskip("statsmodels", reason="the study's extras are not installed")
 pytest.importorskip("matplotlib", reason="the study's extras are not installed")
 pytest.importorskip("peft", reason="the study's extras are not installed")
 
+import pandas as pd
 import scipy.stats
 
 from flatkern import cli
@@ -107,7 +108,7 @@ def test_a_study_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     with path.open("a") as file:
         file.write('{"key": "half a li')
     again = []
-    monkeypatch.setattr(train, "run", lambda *cell: again.append(cell[0]) or run(*cell))
+    monkeypatch.setattr(train, "run", lambda cell, quick: again.append(cell) or run(cell, quick))
     assert study(tmp_path) == 0
     assert path.read_text().startswith(done)
     assert all(cell.seed == 1 and cell.arm.name in (FLAT, "SAM (W)") for cell in again)
