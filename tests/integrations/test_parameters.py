@@ -445,6 +445,21 @@ def test_an_embedding_makes_the_rows_of_the_batch_alone(noisy, monkeypatch):
         assert model(ids[:0]).shape == (0, 4, 8)
 
 
+@pytest.mark.parametrize("kind", ["attention", "embedding"])
+def test_compiled(kind):
+    model, _ = own_model(kind)
+    x, noise = inputs(kind), flatkern.WeightNoise(model, SIGMA)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for window in contextlib.nullcontext, lambda: noise.window(step=0):
+        with window():
+            expected = run(model, x)
+        with window():
+            result, gradients = run(compiled, x)
+        torch.testing.assert_close(result, expected[0])
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient)
+
+
 def test_refusals():
     def refused(error, match, module, names, **options):
         model = nn.Sequential(module)

@@ -59,7 +59,7 @@ def check_the_draws_of_lpf_sgd(folder):
 
 def check_those_that_keep_gradients_or_draw(folder):
     # Of forwards alone: MeZO. Every method under DDP itself: tests/methods/test_ddp.py.
-    for name in ("GSAM", "GAM", "SmoothOut", "EntropySGD", "LoRAPro"):
+    for name in ("GSAM", "EntropySGD", "LoRAPro"):
         check_method(folder, EVERY[name], rtol=1e-3, epochs=1, lr=0.2)
 
 
