@@ -116,6 +116,8 @@ class Windowed(Method):
         recorded = {m: layers[name] for name, modules in self._frozen.items() for m in modules}
         count = max(len(batches), 1)
         with self.window(micro_batches=count), recording(recorded, of_noisy=True):
+            if not batches:
+                self.noise._weights.calls.expect_none()
             total = self.own_gradient(loss_fn, batches, weight * share, apart)
         if apart:
             self.ranks.average_gradients(list(trainable))
