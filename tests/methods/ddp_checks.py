@@ -65,7 +65,10 @@ def train(model, case, batches, steps=2, wrap=lambda model: model, dtype=F64):
         [p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9
     )
     method = case(model, optimizer)
-    losses = [method.step(loss_fn_of(model), batches(step)) for step in range(steps)]
+    with warnings.catch_warnings():
+        # A rank that has no batch for a window is not told that it saw no forward.
+        warnings.filterwarnings("error", ".*forward never ran")
+        losses = [method.step(loss_fn_of(model), batches(step)) for step in range(steps)]
     values = [on_ranks.full(p).flatten() for p in model.parameters() if p.requires_grad]
     return torch.tensor(losses, dtype=dtype), torch.cat(values)
 
@@ -158,10 +161,7 @@ def clean_and_noisy_ranks(_, rank, folder):
             batches = batches_of(0, size)
             case = Case(methods.MixedRWP, {**options, "lam": 0.7, "split": "ranks"})
             model = ddp(make_model(F64), process_group=group)
-            with warnings.catch_warnings():
-                # Nobody is told that a clean rank's window saw no forward.
-                warnings.simplefilter("error", UserWarning)
-                found, _ = step_gradients(case, model, [batches[rank]])
+            found, _ = step_gradients(case, model, [batches[rank]])
             expected = mixed_by_hand(0.7, batches, options)
             for name, right in expected.items():
                 torch.testing.assert_close(found[f"module.{name}"], right, **EQUAL)
