@@ -177,7 +177,10 @@ def load(
     }
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(asked.model, local_files_only=True)
-        model = kinds[asked.task].from_pretrained(asked.model, local_files_only=True)
+        # No pickles, and no code but transformers' own.
+        model = kinds[asked.task].from_pretrained(
+            asked.model, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CommandError(
             "MODEL must be the folder of a Hugging Face model, or a name in the local cache, for "
@@ -188,8 +191,10 @@ def load(
 
         from flatkern.integrations.peft import attach
 
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise CommandError(f"--adapter must be the folder of a PEFT adapter, got {adapter}")
+        # PEFT would unpickle adapter_model.bin, or look for the name on the Hub.
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (Path(adapter) / file).is_file():
+                raise CommandError(f"--adapter must be the folder of a PEFT adapter, with {file}: {adapter}")
         try:
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from flatkern.integrations._forwards import TrainingForwards
+from flatkern.integrations._state_files import load_state, save_state
 from flatkern.methods._ranks import Ranks
 from flatkern.methods.base import Method, keywords_of
 from flatkern.nn import LoRALinear
@@ -20,7 +21,7 @@ from flatkern.ops import _check
 from flatkern.ops._keywords import refuse_unknown
 
 _OP = "MethodTrainerMixin"
-_FILE = "method.pt"
+_FILE, _OLD_FILE = "method.safetensors", "method.pt"
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -166,13 +167,20 @@ class MethodTrainerMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(self.method.state_dict(), os.path.join(output_dir, _FILE))
+            save_state(self.method.state_dict(), os.path.join(output_dir, _FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._bind()
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.isfile(path := os.path.join(checkpoint, _FILE)):
-            self.method.load_state_dict(torch.load(path, weights_only=True))
+        if checkpoint is None:
+            return
+        if os.path.isfile(path := os.path.join(checkpoint, _FILE)):
+            self.method.load_state_dict(load_state(path))
+        elif os.path.isfile(os.path.join(checkpoint, _OLD_FILE)):
+            raise ValueError(
+                f"{checkpoint} holds a method's state as {_OLD_FILE}, which older versions wrote "
+                "and this one does not unpickle; resume with the version that saved it"
+            )
 
 
 def _try_out(method: Callable[..., Method]) -> None:

@@ -8,11 +8,18 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from flatkern.nn.adapter_files import (
+    read_config,
+    read_header,
+    read_tensors,
+    require_floating,
+    write_files,
+)
 from flatkern.nn.dora import DoRALinear
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
 from flatkern.nn.names import named_modules
@@ -76,7 +83,7 @@ def save_adapter(
 
     Args:
         model: with `LoRALinear` layers, merged or not, in a window or not.
-        folder: made if it does not exist; files in it are replaced.
+        folder: made if it does not exist; files in it are replaced when the new ones are whole.
         modules_to_save: names of modules without adapters to save whole, matched as targets of
             `replace_linear`; None: the heads and other modules that it left trainable or
             `load_adapter` read, and every module with trainable parameters of its own.
@@ -84,6 +91,7 @@ def save_adapter(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: the model has no LoRALinear, or DoRALinear layers beside others; wrong names.
+        OSError: the folder cannot be written, or is full: its files are what they were.
 
     Warns:
         UserWarning: trainable parameters that are not saved, by name; adapters on
@@ -120,8 +128,14 @@ def save_adapter(
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_files(
+        folder,
+        {
+            WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            CONFIG_FILE: lambda path: path.write_text(text),
+        },
+    )
 
 
 @torch.no_grad()
@@ -221,17 +235,54 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         ValueError: settings or tensors that are neither LoRA nor DoRA, or do not fit the model.
         RuntimeError: a layer is merged or in a noise window.
     """
-    from safetensors.torch import load_file
-
     _check.kinds("load_adapter", nn.Module, model=model)
     _check.kinds("load_adapter", (str, os.PathLike), folder=folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (Path(folder) / file).is_file():
             raise FileNotFoundError(f"load_adapter: folder must hold {file}, got {folder}")
-    config = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    config = read_config("load_adapter", Path(folder) / CONFIG_FILE)
+    file = Path(folder) / WEIGHTS_FILE
+    # By the header alone first: what does not fit is refused before it is read.
+    _checked(model, config, read_header("load_adapter", file))
+    kind, modules, saved, parameters, adapters, options, present, targets = _checked(
+        model, config, read_tensors("load_adapter", file)
+    )
+    with written(modules, saved):
+        if not present:
+            kept = [modules[name] for name in saved]
+            swap(model, targets, lambda name, old: kind.from_linear(old, **options[name]), kept)
+    mark(modules[name] for name in saved)
+    layers = find_lora_layers(model)
+    with torch.no_grad():
+        for name in targets:
+            for part, value in adapters[name].items():
+                getattr(layers[name], part).copy_(value)
+    parameters.write(lambda name, r: _options(config, name, r))
+    leave_fast_paths(model)
+    return [*targets, *parameters.places]
+
+
+class _Checked(NamedTuple):
+    """What a file holds for a model that it fits; nothing is changed yet."""
+
+    kind: type[LoRALinear]
+    modules: dict[str, nn.Module]
+    saved: dict[str, dict[str, Tensor]]
+    parameters: SavedParameters
+    adapters: dict[str, dict[str, Tensor]]
+    options: dict[str, dict[str, Any]]
+    present: dict[str, LoRALinear]
+    targets: dict[str, nn.Module]
+
+
+def _checked(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> _Checked:
+    """Check everything against the model; the tensors may be without values."""
     kind = DoRALinear if config.get("use_dora") else LoRALinear
     modules = dict(named_modules(model, remove_duplicate=False))
-    tensors = unwrapped("load_adapter", load_file(Path(folder) / WEIGHTS_FILE), modules)
+    tensors = unwrapped("load_adapter", tensors, modules)
+    for name, tensor in tensors.items():
+        if _KEY.fullmatch(name):
+            require_floating("load_adapter", name, tensor)
     saved = _read_saved(model, config, tensors)
     parameters = SavedParameters("load_adapter", model, config, tensors)
     adapters = _read_adapters(tensors, kind) if tensors or not parameters.read else {}
@@ -249,19 +300,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         if not present:
             check_linear(module, name)
         _check_shapes(name, module, adapters[name])
-    with written(modules, saved):
-        if not present:
-            kept = [modules[name] for name in saved]
-            swap(model, targets, lambda name, old: kind.from_linear(old, **options[name]), kept)
-    mark(modules[name] for name in saved)
-    layers = find_lora_layers(model)
-    with torch.no_grad():
-        for name in targets:
-            for part, value in adapters[name].items():
-                getattr(layers[name], part).copy_(value)
-    parameters.write(lambda name, r: _options(config, name, r))
-    leave_fast_paths(model)
-    return [*targets, *parameters.places]
+    return _Checked(kind, modules, saved, parameters, adapters, options, present, targets)
 
 
 def _read_saved(
@@ -289,7 +328,7 @@ def _read_adapters(
         if not match or match[2] not in parts.values():
             raise ValueError(
                 f"load_adapter: {WEIGHTS_FILE} must hold base_model.model.<layer>."
-                f"<{' or '.join(parts.values())}> alone, got {key}"
+                f"<{' or '.join(parts.values())}> alone, got {key[:200]}"
             )
         names.append(match[1])
     adapters: dict[str, dict[str, Tensor]] = {}

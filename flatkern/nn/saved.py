@@ -198,6 +198,8 @@ def read_saved(
         for key, value in expected.items():
             if value.shape != given[key].shape:
                 _check.refuse(op, prefix + key, str(list(value.shape)), given[key])
+            if value.is_floating_point() != given[key].is_floating_point():
+                _check.refuse(op, prefix + key, _check.describe(value), given[key])
         read[full] = given
     for name in left:
         raise ValueError(

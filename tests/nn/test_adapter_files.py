@@ -226,7 +226,11 @@ WRONG_FILES = [
         FileNotFoundError,
         "adapter_model.safetensors",
     ),
-    (lambda folder: (folder / "adapter_config.json").write_text("{"), ValueError, "Expecting"),
+    (
+        lambda folder: (folder / "adapter_config.json").write_text("{"),
+        ValueError,
+        "must be JSON, got Expecting",
+    ),
     (edit_config(peft_type="IA3"), ValueError, "peft_type must be LORA, got 'IA3'"),
     (edit_config(use_dora=True), ValueError, r"lora_magnitude_vector, not found"),
     (edit_config(bias="all"), ValueError, "bias"),
