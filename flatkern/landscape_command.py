@@ -194,7 +194,9 @@ def load(
         # PEFT would unpickle adapter_model.bin, or look for the name on the Hub.
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (Path(adapter) / file).is_file():
-                raise CommandError(f"--adapter must be the folder of a PEFT adapter, with {file}: {adapter}")
+                raise CommandError(
+                    f"--adapter must be the folder of a PEFT adapter, with {file}, got {adapter}"
+                )
         try:
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError, RuntimeError) as error:

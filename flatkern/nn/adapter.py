@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.nn.adapter_files import (
+    check_layers,
+    check_shapes,
     read_config,
     read_header,
     read_tensors,
@@ -295,11 +297,11 @@ def _checked(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor
     present = find_lora_layers(model)
     targets = {name: modules[name] for name in modules if name in adapters}
     if present:
-        _check_layers(present, targets, options, kind)
+        check_layers(present, targets, options, kind)
     for name, module in targets.items():
         if not present:
             check_linear(module, name)
-        _check_shapes(name, module, adapters[name])
+        check_shapes(name, module, adapters[name])
     return _Checked(kind, modules, saved, parameters, adapters, options, present, targets)
 
 
@@ -371,54 +373,3 @@ def _options(config: dict[str, Any], name: str, r: int) -> dict[str, Any]:
     }
     check_options(**options)
     return options
-
-
-def _check_shapes(name: str, module: nn.Module, parts: dict[str, Tensor]) -> None:
-    r = module.r if isinstance(module, LoRALinear) else parts["lora_A"].shape[0]
-    shapes = {
-        "lora_A": (r, module.in_features),
-        "lora_B": (module.out_features, r),
-        "lora_magnitude": (module.out_features,),
-    }
-    for part, tensor in parts.items():
-        if tensor.shape != shapes[part]:
-            _check.refuse("load_adapter", f"{name}.{part}", str(list(shapes[part])), tensor)
-
-
-def _check_layers(
-    present: dict[str, LoRALinear],
-    targets: dict[str, nn.Module],
-    options: dict[str, dict[str, Any]],
-    kind: type[LoRALinear],
-) -> None:
-    """The model's layers must be the saved ones, idle, of that kind, with the saved scaling."""
-    saved = {id(module) for module in targets.values()}
-    extra = [name for name, layer in present.items() if id(layer) not in saved]
-    plain = [name for name in targets if name not in present]
-    if extra or plain:
-        raise ValueError(
-            "load_adapter: the model's LoRALinear layers must be the saved ones, "
-            f"got LoRALinear {extra[:8]} that are not saved, saved {plain[:8]} that are not one"
-        )
-    for name, layer in present.items():
-        layer.require_closed("load_adapter")
-        if layer.merged:
-            raise RuntimeError(f"load_adapter: {name} is merged; call unmerge() first")
-        if type(layer) is not kind:
-            raise ValueError(
-                f"load_adapter: {name} must be the saved {kind.__name__}, "
-                f"got {type(layer).__name__}"
-            )
-        if layer.offset_A is not None or options[name]["init_lora_weights"] == "pissa":
-            raise ValueError(
-                f"load_adapter: {name} must be over the weight that the file means, got an offset "
-                "base here or there (PiSSA, LoRA-GA); load it into a plain model"
-            )
-    for name, module in targets.items():
-        alpha, r = options[name]["lora_alpha"], options[name]["r"]
-        scaling = alpha / (math.sqrt(r) if options[name]["use_rslora"] else r)
-        if not math.isclose(module.scaling, scaling):
-            raise ValueError(
-                f"load_adapter: {name}.scaling must be the saved {scaling:g}, "
-                f"got {module.scaling:g}"
-            )

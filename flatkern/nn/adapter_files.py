@@ -5,6 +5,7 @@ refused before anything is allocated. No load path unpickles.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flatkern.nn.linear import LoRALinear
 from flatkern.ops import _check
 
 # Far beyond any configuration; a million layers would name themselves in less.
@@ -150,3 +152,55 @@ def require_floating(op: str, name: str, tensor: Tensor) -> None:
     """ValueError unless an adapter's tensor is of a dtype that adapters have."""
     if tensor.dtype not in _check.FLOAT_DTYPES:
         _check.refuse(op, name, "float32, bfloat16, float16 or float64", tensor)
+
+
+def check_shapes(name: str, module: nn.Module, parts: dict[str, Tensor]) -> None:
+    """ValueError unless the saved parts have the sizes of the module."""
+    r = module.r if isinstance(module, LoRALinear) else parts["lora_A"].shape[0]
+    shapes = {
+        "lora_A": (r, module.in_features),
+        "lora_B": (module.out_features, r),
+        "lora_magnitude": (module.out_features,),
+    }
+    for part, tensor in parts.items():
+        if tensor.shape != shapes[part]:
+            _check.refuse("load_adapter", f"{name}.{part}", str(list(shapes[part])), tensor)
+
+
+def check_layers(
+    present: dict[str, LoRALinear],
+    targets: dict[str, nn.Module],
+    options: dict[str, dict[str, Any]],
+    kind: type[LoRALinear],
+) -> None:
+    """The model's layers must be the saved ones, idle, of that kind, with the saved scaling."""
+    saved = {id(module) for module in targets.values()}
+    extra = [name for name, layer in present.items() if id(layer) not in saved]
+    plain = [name for name in targets if name not in present]
+    if extra or plain:
+        raise ValueError(
+            "load_adapter: the model's LoRALinear layers must be the saved ones, "
+            f"got LoRALinear {extra[:8]} that are not saved, saved {plain[:8]} that are not one"
+        )
+    for name, layer in present.items():
+        layer.require_closed("load_adapter")
+        if layer.merged:
+            raise RuntimeError(f"load_adapter: {name} is merged; call unmerge() first")
+        if type(layer) is not kind:
+            raise ValueError(
+                f"load_adapter: {name} must be the saved {kind.__name__}, "
+                f"got {type(layer).__name__}"
+            )
+        if layer.offset_A is not None or options[name]["init_lora_weights"] == "pissa":
+            raise ValueError(
+                f"load_adapter: {name} must be over the weight that the file means, got an offset "
+                "base here or there (PiSSA, LoRA-GA); load it into a plain model"
+            )
+    for name, module in targets.items():
+        alpha, r = options[name]["lora_alpha"], options[name]["r"]
+        scaling = alpha / (math.sqrt(r) if options[name]["use_rslora"] else r)
+        if not math.isclose(module.scaling, scaling):
+            raise ValueError(
+                f"load_adapter: {name}.scaling must be the saved {scaling:g}, "
+                f"got {module.scaling:g}"
+            )
