@@ -320,7 +320,10 @@ def test_noisy_linear(implementation, device, problem):
             y = oracle.lora_product(own_x, weight.to(dtype), None, *own, 0.5)
         y.backward(torch.ones_like(y))
         results.append([y.detach(), own_x.grad, *(a.grad for a in own if a is not None)])
+    # Where all but cancels, eager's error is chance: a step of the largest sum that may occur.
+    largest = noisy.double().abs().sum() * x.double().abs().amax().clamp_min(1) if tokens else 0
+    slack = tolerances.STEP[problem.dtype] * largest
     for got, eager, exact in zip(*results, strict=True):
         bound = tolerances.eager_bound(eager.cpu(), exact.cpu(), problem.dtype)
-        tolerances.assert_within(got, exact, bound)
+        tolerances.assert_within(got, exact, bound + slack)
     values.check(values.before.as_strided(values.view.shape, values.view.stride(), problem.shift))
