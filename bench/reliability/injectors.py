@@ -38,6 +38,9 @@ class Injector:
 class Lines(Injector):
     """Before a line of flatkern's own files: where Ctrl-C and MemoryError come."""
 
+    # What the path of those files starts with.
+    within = PACKAGE
+
     def __enter__(self) -> "Lines":
         self._previous = sys.gettrace()
         sys.settrace(self._trace)
@@ -47,7 +50,7 @@ class Lines(Injector):
         sys.settrace(self._previous)
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(self.within):
             return None
         if event == "line":
             self.point()
