@@ -152,6 +152,8 @@ def _against(comparisons: list[statistics.Comparison], form: str) -> str:
         for one in comparisons
         if one.against != PLAIN
     ]
+    if not rows:
+        return "No pair has two seeds yet."
     return tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
 
 
@@ -174,9 +176,7 @@ def _sweep(cells: pd.DataFrame) -> str:
             "test loss": _spread(group["loss"], 2),
             "flatness": f"{group['flat_average'].mean():.3f}",
         }
-        for (task, labels, sigma), group in _sigmas(cells).groupby(
-            ["task", "labels", "sigma"], sort=False
-        )
+        for (task, labels, sigma), group in _sigmas(cells).groupby(["task", "labels", "sigma"])
     ]
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
