@@ -147,7 +147,7 @@ def main() -> None:
     if args.rehearse:
         rounds, calls, counts = 1, 1, (2,)
     outcomes = [*layers(rounds, calls, args.device)]
-    windows = [*host_windows.rows(max(rounds // 2, 1), args.device, counts)]
+    windows = [*host_windows.rows(4 * rounds, args.device, counts)]
     text = f"{table(outcomes)}\n\n{host_windows.HEAD}\n\n{host_windows.table(windows)}"
     print(text)
     if args.rehearse:

@@ -205,26 +205,15 @@ def stored_bytes(name: str) -> int:
     return sizes[found[-1]] if found else 4
 
 
-def analyse_file(file: Path, archs: Iterable[int] | None = None) -> list[Report]:
-    """Reports of all kernels in a cubin, or in a shared object's cubins (of `archs` alone)."""
+def analyse_file(file: Path) -> list[Report]:
+    """Reports of all kernels in a cubin, or in a shared object's cubins."""
     if file.suffix == ".cubin":
         return analyse(file)
     with tempfile.TemporaryDirectory() as folder:
         _run("cuobjdump", "-xelf", "all", str(file.resolve()), cwd=folder)
-        cubins = sorted(Path(folder).glob("*.cubin"))
-        if archs is not None:
-            cubins = [cubin for cubin in cubins if arch_of(cubin) in archs]
-        return [report for cubin in cubins for report in analyse(cubin)]
-
-
-def archs_of(file: Path) -> set[int]:
-    """The architectures that a shared object has cubins for."""
-    return {int(arch) for arch in re.findall(r"\.sm_(\d+)", _run("cuobjdump", "-lelf", str(file)))}
-
-
-def arch_of(cubin: Path) -> int:
-    """By the name that cuobjdump gave it."""
-    return int(re.search(r"\.sm_(\d+)", cubin.name)[1])
+        return [
+            report for cubin in sorted(Path(folder).glob("*.cubin")) for report in analyse(cubin)
+        ]
 
 
 def table(reports: list[Report]) -> str:

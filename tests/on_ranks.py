@@ -279,7 +279,7 @@ def resume(model, noise, batch, folder):
     checkpoint.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
     assert noise.step == STEPS
-    assert noise.state_dict()["seed"] == 7
+    assert noise.state_dict() == {"seed": 7, "step": STEPS, "noise_version": 1}
     return _further(model, noise, batch)
 
 

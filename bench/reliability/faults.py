@@ -33,12 +33,12 @@ from flatkern import _backend, methods
 from flatkern.nn import replace_linear
 from flatkern.noise import registry
 
+# float64 has no CPU kernels; its residuals are the reference's.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESTORES = ("residual", "snapshot", "host")
 SCOPES = ("merged", "all", "full", "trainable")
 WORKS = ("window", "batches", "paused", "open", "saved")
 INJECTORS = ("line", "op", "behind an op", "moment")
-# float64 has no CPU kernels; its residuals are the reference's.
 METHODS = {
     "FlatLoRA": {},
     "SAM": {},

@@ -172,11 +172,13 @@ def draw_training_set(
     return rows, flip(labels[rows], flipped, np.random.default_rng([seed, 1]))
 
 
-def flip(labels: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """A copy of 0/1 labels with exactly round(share·n) of them inverted."""
+def flip(
+    labels: np.ndarray, share: float, generator: np.random.Generator, classes: int = 2
+) -> np.ndarray:
+    """A copy of labels 0 to classes - 1 with exactly round(share·n) of them changed to others."""
     wrong = generator.permutation(len(labels))[: round(share * len(labels))]
     given = labels.copy()
-    given[wrong] = 1 - given[wrong]
+    given[wrong] = (given[wrong] + generator.integers(1, classes, len(wrong))) % classes
     return given
 
 

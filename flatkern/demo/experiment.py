@@ -64,13 +64,23 @@ def make_method(model: nn.Module, recipe: Recipe, seed: int) -> flatkern.methods
     """The training method of a recipe, with AdamW over everything that is trainable."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe.lr)
-    method = getattr(flatkern.methods, recipe.method)
     options = dict(recipe.options)
     if recipe.sigma:
         options["sigma"] = recipe.sigma
-    if "seed" in keywords_of(method):
-        options["seed"] = seed
-    return method(model, optimizer, **options)
+    return method_named(recipe.method, model, optimizer, options, seed)
+
+
+def method_named(
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    options: dict[str, object],
+    seed: int,
+) -> flatkern.methods.Method:
+    """A method of `flatkern.methods`, with the seed if it makes noise."""
+    method = getattr(flatkern.methods, name)
+    seeded = {"seed": seed} if "seed" in keywords_of(method) else {}
+    return method(model, optimizer, **options, **seeded)
 
 
 def train_epochs(
@@ -93,12 +103,12 @@ def train_epochs(
             yield epoch, number == len(order)
 
 
-def batch_loss(model: TopLayers) -> Callable[[Batch], torch.Tensor]:
-    """The mean cross-entropy of a batch, as a method wants it."""
+def batch_loss(model: nn.Module) -> Callable[[Batch], torch.Tensor]:
+    """The mean cross-entropy of a batch, inputs and then labels, as a method wants it."""
 
     def loss_fn(batch: Batch) -> torch.Tensor:
-        hidden, mask, labels = batch
-        return cross_entropy(model(hidden, mask), labels)
+        *inputs, labels = batch
+        return cross_entropy(model(*inputs), labels)
 
     return loss_fn
 

@@ -41,7 +41,7 @@ def plot_radius(runs: list[Run], path: Path) -> None:
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("train loss under noise (nats)")
     _legend(figure, axes[0][0], few, f"{_seeds(runs)}, draws: {len(runs[0].radius_loss[-1])}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_curves(runs: list[Run], path: Path) -> None:
@@ -64,7 +64,7 @@ def plot_curves(runs: list[Run], path: Path) -> None:
     axes[0][0].set_ylabel("train loss without noise (nats)")
     axes[1][0].set_ylabel(f"accuracy on {CURVE_SENTENCES} test {IN_DOMAIN} (%)")
     _legend(figure, axes[0][0], few, _seeds(runs))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panels(runs: list[Run], rows: int) -> tuple[list[str], Figure, np.ndarray]:
@@ -112,7 +112,8 @@ def _epochs(runs: list[Run], setting: str) -> int:
     return next(run.curve_epoch[-1] for run in runs if run.setting == setting)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture with a quiet grid and without a frame."""
     for axis in figure.axes:
         axis.grid(color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)

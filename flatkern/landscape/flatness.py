@@ -12,7 +12,7 @@ from flatkern.landscape._evaluate import Evaluation, LossFn
 from flatkern.landscape._gradients import Ascent
 from flatkern.landscape._progress import progress_of
 from flatkern.landscape._weights import Shift, Weight, find_weights
-from flatkern.noise.keys import check_word
+from flatkern.noise.keys import check_words
 from flatkern.noise.strategies import STRATEGIES
 from flatkern.ops import _check
 
@@ -238,7 +238,7 @@ def _check_sampling(
     _check.kinds(op, int, draws=draws)
     if not 1 <= draws < 2**32:
         _check.refuse(op, "draws", "at least 1", draws)
-    check_word(op, "seed", seed)
+    check_words(op, seed=seed)
 
 
 class _Noise:

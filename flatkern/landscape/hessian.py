@@ -11,7 +11,7 @@ from flatkern.landscape._evaluate import LossFn
 from flatkern.landscape._gradients import Derivatives, check_differentiable, dot
 from flatkern.landscape._progress import progress_of
 from flatkern.landscape._weights import Weight, find_weights
-from flatkern.noise.keys import check_word
+from flatkern.noise.keys import check_words
 from flatkern.ops import _check
 
 Product = Callable[[list[Tensor]], list[Tensor]]
@@ -81,7 +81,7 @@ def hessian_top_eigenvalue(
     _check.kinds(op, int, max_steps=max_steps)
     if max_steps < 1:
         _check.refuse(op, "max_steps", "at least 1", max_steps)
-    check_word(op, "seed", seed)
+    check_words(op, seed=seed)
     weights = find_weights(op, model, scope)
     check_differentiable(op, weights)
     derivatives = Derivatives(op, model, loss_fn, weights)
@@ -124,7 +124,7 @@ def hessian_trace(
     _check.kinds(op, float, confidence=confidence)
     if not 0 < confidence < 1:
         _check.refuse(op, "confidence", "in (0, 1)", confidence)
-    check_word(op, "seed", seed)
+    check_words(op, seed=seed)
     weights = find_weights(op, model, scope)
     check_differentiable(op, weights)
     derivatives = Derivatives(op, model, loss_fn, weights)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern._files import write_files
 from flatkern.landscape._evaluate import Evaluation, LossFn
 from flatkern.landscape._progress import progress_of
 from flatkern.landscape._ranks import Ranks
 from flatkern.landscape._weights import find_weights
 from flatkern.landscape.directions import Plane, check_draws
-from flatkern.noise.keys import check_word
+from flatkern.noise.keys import check_words
 from flatkern.ops import _check
 
 # Seconds between two writes of a partial result.
@@ -64,12 +65,8 @@ class Surface:
             "plain": _encoded_number(self.plain),
         }
         del fields["done"]
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps({"format": "flatkern surface 1", **fields}))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        text = json.dumps({"format": "flatkern surface 1", **fields})
+        write_files(path.parent, {path.name: lambda part: part.write_text(text)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Surface":
@@ -230,7 +227,7 @@ class _Grid:
         _check.kinds(self._op, nn.Module, model=model)
         _check.kinds(self._op, Plane, optional=True, plane=plane)
         if plane is None:
-            check_word(self._op, "seed", options["seed"])
+            check_words(self._op, seed=options["seed"])
             options["draws"] = check_draws(self._op, options["draws"])
             plane = Plane(model, **options)
         weights = find_weights(self._op, model, plane.scope)

@@ -12,7 +12,7 @@ from flatkern.methods._contexts import kept, still_statistics
 from flatkern.methods._ranks import dense
 from flatkern.methods.base import LossFn, Method
 from flatkern.noise import NoiseKey
-from flatkern.noise.keys import check_word
+from flatkern.noise.keys import check_words
 from flatkern.noise.schedules import Schedule, factor_at, schedule_of
 from flatkern.ops import _check
 
@@ -89,7 +89,7 @@ class Ascent(Method):
         self.ascents = ascents
         # Which of a step's ascents is under way.
         self._ascent = 0
-        check_word(name, "seed", seed)
+        check_words(name, seed=seed)
         self._seed = seed
         self._step = 0
         self._told = False
@@ -185,8 +185,7 @@ class Ascent(Method):
             state_dict = {"seed": self._seed, "step": 0, "rho": self.rho, **state_dict}
         super().load_state_dict(state_dict)
         name, rho = type(self).__name__, state_dict["rho"]
-        for word in ("seed", "step"):
-            check_word(name, word, state_dict[word])
+        check_words(name, seed=state_dict["seed"], step=state_dict["step"])
         _check.kinds(name, (float, int), rho=rho)
         _check.finite(name, "rho", rho, minimum=0.0)
         self._seed, self._step, self.rho = state_dict["seed"], state_dict["step"], rho

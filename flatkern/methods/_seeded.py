@@ -11,7 +11,7 @@ from flatkern._version import NOISE_VERSION
 from flatkern.methods.base import Method
 from flatkern.nn import shards
 from flatkern.noise import NoiseKey
-from flatkern.noise.keys import check_version, check_word
+from flatkern.noise.keys import check_version, check_words
 from flatkern.noise.numbers import tensor_numbers
 from flatkern.ops import _check
 
@@ -39,7 +39,7 @@ class Seeded(Method):
             TypeError, ValueError: see `Method`; a seed of the wrong kind or value.
         """
         super().__init__(model, optimizer, **options)
-        check_word(type(self).__name__, "seed", seed)
+        check_words(type(self).__name__, seed=seed)
         self._seed = seed
         self._step = 0
         self._told = False
@@ -74,8 +74,7 @@ class Seeded(Method):
             rest = check_version(type(self).__name__, state_dict)
             state_dict = {**rest, "noise_version": NOISE_VERSION}
         super().load_state_dict(state_dict)
-        for word in ("seed", "step"):
-            check_word(type(self).__name__, word, state_dict[word])
+        check_words(type(self).__name__, seed=state_dict["seed"], step=state_dict["step"])
         self._seed, self._step = state_dict["seed"], state_dict["step"]
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flatkern._files import write_files
 from flatkern.nn.adapter_files import (
     check_layers,
     check_shapes,
@@ -20,7 +21,7 @@ from flatkern.nn.adapter_files import (
     read_header,
     read_tensors,
     require_floating,
-    write_files,
+    save_tensors,
 )
 from flatkern.nn.dora import DoRALinear
 from flatkern.nn.linear import LoRALinear, check_linear, check_options
@@ -99,8 +100,6 @@ def save_adapter(
         UserWarning: trainable parameters that are not saved, by name; adapters on
             nn.MultiheadAttention's out_proj.weight, which PEFT would not use.
     """
-    from safetensors.torch import save_file
-
     _check.kinds("save_adapter", nn.Module, model=model)
     _check.kinds("save_adapter", (str, os.PathLike), folder=folder)
     layers = find_lora_layers(model)
@@ -134,7 +133,7 @@ def save_adapter(
     write_files(
         folder,
         {
-            WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            WEIGHTS_FILE: lambda path: save_tensors(tensors, path),
             CONFIG_FILE: lambda path: path.write_text(text),
         },
     )

@@ -6,9 +6,7 @@ refused before anything is allocated. No load path unpickles.
 
 import json
 import math
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_KINDS: dict[str, tuple[type, ...]] = {
-    "modules_to_save": (list,),
-    "target_parameters": (list,),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
+_KINDS = {
+    "modules_to_save": list,
+    "target_parameters": list,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
 }
 # A pattern of PEFT's is a regular expression. These bounds keep its matching fast: a repeated group
 # that itself repeats takes exponential time, and each further repeat a power of the name's length.
@@ -44,25 +42,15 @@ _MOST_PATTERN, _MOST_REPEATS = 1000, 4
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 
-def write_files(folder: Path, writes: dict[str, Callable[[Path], Any]]) -> None:
-    """Write files of these names, at once or not at all: on an error the old ones stand.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError if that fails, for whatever reason."""
     from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    parts = {name: folder / f"{name}.{os.getpid()}.part" for name in writes}
     try:
-        for name, write in writes.items():
-            write(parts[name])
-        for name, part in parts.items():
-            os.replace(part, folder / name)
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{folder}: {error}") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        raise OSError(f"{path.parent}: {error}") from error
 
 
 def read_config(op: str, path: Path) -> dict[str, Any]:
@@ -82,12 +70,10 @@ def read_config(op: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"{op}: {path.name} must be JSON, got {str(error)[:100]}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{op}: {path.name} must be an object, got {type(config).__name__}")
-    for name, kinds in _KINDS.items():
+    for name, kind in _KINDS.items():
         value = config.get(name)
-        if value is not None and not isinstance(value, kinds):
-            raise ValueError(
-                f"{op}: {name} must be {kinds[0].__name__}, got {type(value).__name__}"
-            )
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{op}: {name} must be {kind.__name__}, got {type(value).__name__}")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise ValueError(f"{op}: {name} must hold names, got {str(value)[:100]}")
     for pattern in config.get("alpha_pattern") or ():

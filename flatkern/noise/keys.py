@@ -1,6 +1,6 @@
 """The address of a noise draw."""
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -27,20 +27,20 @@ class NoiseKey:
     tensor: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_word("NoiseKey", field.name, getattr(self, field.name))
+        check_words("NoiseKey", **vars(self))
 
     def to(self, device: torch.device | str) -> Tensor:
         """The int64 [4] tensor that the ops take."""
         return torch.tensor(astuple(self), dtype=torch.int64, device=device)
 
 
-def check_word(op: str, argument: str, word: int) -> None:
-    """TypeError or ValueError, in the name of `op`, unless `word` is an int in [0, 2^32)."""
-    if not isinstance(word, int) or isinstance(word, bool):
-        raise TypeError(f"{op}: {argument} must be int, got {type(word).__name__}")
-    if not 0 <= word < 2**32:
-        raise ValueError(f"{op}: {argument} must be in [0, 2**32), got {word}")
+def check_words(op: str, **words: int) -> None:
+    """TypeError or ValueError, in the name of `op`, unless each is an int in [0, 2^32)."""
+    for argument, word in words.items():
+        if not isinstance(word, int) or isinstance(word, bool):
+            raise TypeError(f"{op}: {argument} must be int, got {type(word).__name__}")
+        if not 0 <= word < 2**32:
+            raise ValueError(f"{op}: {argument} must be in [0, 2**32), got {word}")
 
 
 def check_version(op: str, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from flatkern.noise.fisher import Fisher
 from flatkern.noise.keep import RESTORES
-from flatkern.noise.keys import RANKS, check_word
+from flatkern.noise.keys import RANKS, check_words
 from flatkern.noise.modes import MODES
 from flatkern.noise.scopes import SCOPES
 from flatkern.noise.strategies import STRATEGIES
@@ -30,7 +30,7 @@ def check_options(
     if restore is not None:
         _check.one_of(op, RESTORES, restore=restore)
     _check.one_of(op, RANKS, ranks=ranks)
-    check_word(op, "seed", seed)
+    check_words(op, seed=seed)
     _check.kinds(op, Fisher, optional=True, fisher=fisher)
     if (strategy == "fisher") != (fisher is not None):
         _check.refuse(op, "fisher", "given with strategy 'fisher' and with no other", fisher)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flatkern._version import NOISE_VERSION
 from flatkern.noise import registry
 from flatkern.noise.fisher import Fisher
-from flatkern.noise.keys import NoiseKey, check_version, check_word, draw_word
+from flatkern.noise.keys import NoiseKey, check_version, check_words, draw_word
 from flatkern.noise.modes import mode_for
 from flatkern.noise.options import check_options
 from flatkern.noise.schedules import Schedule, factor_at, schedule_of
@@ -167,7 +167,7 @@ class WeightNoise:
         self._require_closed("open")
         advances = step is None
         step = self._next_step if step is None else step
-        check_word(_OP, "step", step)
+        check_words(_OP, step=step)
         key = NoiseKey(self._seed, step, draw_word(_OP, draw, self._ranks))
         sigma_t = self._sigma_at(step)
         mode = mode_for(_OP, self._mode, micro_batches, self._targets)
@@ -326,8 +326,7 @@ class WeightNoise:
             raise ValueError(
                 f"{_OP}: state_dict must have the keys seed and step, got {sorted(state_dict)}"
             )
-        for word in ("seed", "step"):
-            check_word(_OP, word, state_dict[word])
+        check_words(_OP, **state_dict)
         self._seed, self._next_step = state_dict["seed"], state_dict["step"]
 
     def _require_closed(self, action: str) -> None:

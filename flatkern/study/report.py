@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 import flatkern
+from flatkern.demo.plots import save
+from flatkern.demo.report import spread
 from flatkern.study import statistics
 from flatkern.study.arms import FLAT, MAIN, PLAIN, STOPPED
 from flatkern.study.corrupt import IMAGE_KINDS, SEVERITIES, TEXT_KINDS
@@ -24,40 +27,33 @@ _MAIN = (*MAIN, STOPPED)
 _COLORS = ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#E69F00")
 
 
-def write(folder: Path, store: Store, conditions: dict[str, Any], command: str) -> list[Path]:
-    """study.md, comparisons.json and pictures; returns their paths."""
+def write(
+    folder: Path, store: Store, conditions: dict[str, Any], command: str
+) -> tuple[list[Path], str]:
+    """study.md, comparisons.json and pictures; returns their paths, and the main table."""
     rows = list(store.rows.values())
     cells = statistics.frame(rows)
     chosen = statistics.by_validation(cells)
     comparisons = statistics.compare(chosen)
+    severities = _severities(rows, chosen)
     paths = [folder / "study.md", folder / "comparisons.json"]
-    paths[0].write_text(_page(cells, chosen, comparisons, rows, conditions, command))
+    paths[0].write_text(_page(cells, chosen, comparisons, severities, conditions, command))
     record = [dataclasses.asdict(one) for one in comparisons]
     paths[1].write_text(json.dumps(record, indent=1) + "\n")
     for name, draw in (
         ("sigma.png", lambda axis, *key: _draw_sigma(axis, cells, *key)),
-        (
-            "corruption.png",
-            lambda axis, *key: _draw_severity(axis, _severities(rows, chosen), *key),
-        ),
+        ("corruption.png", lambda axis, *key: _draw_severity(axis, severities, *key)),
         ("flatness.png", lambda axis, *key: _draw_flatness(axis, cells, *key)),
     ):
         paths.append(_panels(folder / name, cells, draw))
-    return paths
-
-
-def summary(store: Store) -> str:
-    """The main table, for the terminal."""
-    cells = statistics.frame(list(store.rows.values()))
-    chosen = statistics.by_validation(cells)
-    return _main(chosen, statistics.compare(chosen), "simple")
+    return paths, _main(chosen, comparisons, "simple")
 
 
 def _page(
     cells: pd.DataFrame,
     chosen: pd.DataFrame,
     comparisons: list[statistics.Comparison],
-    rows: list[dict[str, Any]],
+    severities: pd.DataFrame,
     conditions: dict[str, Any],
     command: str,
 ) -> str:
@@ -82,7 +78,7 @@ def _page(
         "## Strength: Flat-LoRA (W)",
         _sweep(cells),
         "## Damaged test sets, by severity",
-        _severity_table(_severities(rows, chosen)),
+        _severity_table(severities),
         "## Flatness and generalisation",
         "Spearman's rank correlation over all cells of a task and labelling, each less its seed's "
         "mean. Flat is good if a rise goes with lower accuracy (negative) and a higher loss "
@@ -97,8 +93,7 @@ def _github(table: pd.DataFrame, digits: str = ".2f") -> str:
 
 
 def _spread(values: pd.Series, digits: int = 1) -> str:
-    mean = f"{values.mean():.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {values.std():.{digits}f}"
+    return spread(list(values), digits)
 
 
 def _main(chosen: pd.DataFrame, comparisons: list[statistics.Comparison], form: str) -> str:
@@ -132,7 +127,7 @@ def _main(chosen: pd.DataFrame, comparisons: list[statistics.Comparison], form: 
 
 
 def _p(one: statistics.Comparison) -> str:
-    return "" if one.p != one.p else f"{one.p_holm:.2f}"
+    return "" if math.isnan(one.p) else f"{one.p_holm:.2f}"
 
 
 def _interval(one: statistics.Comparison) -> str:
@@ -218,12 +213,9 @@ def _panels(path: Path, cells: pd.DataFrame, draw: Any) -> Path:
     for axis, (task, labels) in zip(axes, keys, strict=True):
         draw(axis, task, labels)
         axis.set_title(f"{task}, {labels}")
-        axis.grid(color="0.9", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return path
 
 

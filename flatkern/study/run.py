@@ -45,8 +45,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"flatkern: error: no cell is done in {store.path}", file=sys.stderr)
         return 1
     command = "flatkern study" + " --quick" * quick
-    paths = report.write(arguments.out, store, conditions, command)
-    print(report.summary(store))
+    paths, table = report.write(arguments.out, store, conditions, command)
+    print(table)
     print("written: " + ", ".join(map(str, [store.path, *paths])))
     changed = sum(row["weights_changed"] for row in store.rows.values())
     if changed:

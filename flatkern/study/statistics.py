@@ -93,12 +93,11 @@ def compare(chosen: pd.DataFrame) -> list[Comparison]:
                 if (one := _paired(group, arm, against, metric)) is not None:
                     value = group.loc[group["arm"] == arm, "value"].iloc[0]
                     found.append(Comparison(task, labels, metric, arm, value, against, *one))
-    tested = [one for one in found if one.p == one.p]
+    tested = [place for place, one in enumerate(found) if not np.isnan(one.p)]
     if tested:
-        corrected = iter(multipletests([one.p for one in tested], method="holm")[1])
-        found = [
-            replace(one, p_holm=float(next(corrected))) if one in tested else one for one in found
-        ]
+        corrected = multipletests([found[place].p for place in tested], method="holm")[1]
+        for place, p in zip(tested, corrected, strict=True):
+            found[place] = replace(found[place], p_holm=float(p))
     return found
 
 

@@ -52,7 +52,6 @@ class Task:
     """
 
     fresh: Callable[[], nn.Module]
-    classes: int
     validation: object
     held_out: object
     tests: dict[str, object]
@@ -83,16 +82,6 @@ def load(name: str, quick: bool) -> Task:
     return _text(sizes, quick) if name == "text" else _vision(sizes, quick)
 
 
-def flip(
-    labels: np.ndarray, share: float, classes: int, generator: np.random.Generator
-) -> np.ndarray:
-    """A copy with exactly round(share n) of the labels changed to another class."""
-    wrong = generator.permutation(len(labels))[: round(share * len(labels))]
-    given = labels.copy()
-    given[wrong] = (given[wrong] + generator.integers(1, classes, len(wrong))) % classes
-    return given
-
-
 def _text(sizes: Sizes, quick: bool) -> Task:
     sentences = data.load_sentences()
     movies = sentences[data.IN_DOMAIN]
@@ -118,16 +107,20 @@ def _text(sizes: Sizes, quick: bool) -> Task:
             tests[f"{kind} {severity}"] = encode(Sentences(damaged, few.labels))
     validation = encode(some(movies.take(splits.validation), sizes.validation))
 
+    @functools.cache  # every arm of a seed trains on the same sentences
+    def encoded(seed: int) -> model.Encoded:
+        return encode(movies.take(draw(seed, 0.0)[0]))
+
+    def draw(seed: int, flipped: float) -> tuple[np.ndarray, np.ndarray]:
+        count = settings.TRAINING_SENTENCES
+        return data.draw_training_set(movies.labels, splits.pool, count, flipped, seed)
+
     def train(seed: int, flipped: float) -> model.Encoded:
-        rows, given = data.draw_training_set(
-            movies.labels, splits.pool, settings.TRAINING_SENTENCES, flipped, seed
-        )
-        return encode(movies.take(rows)).relabelled(given)
+        return encoded(seed).relabelled(draw(seed, flipped)[1])
 
     features = lower.config.hidden_size
     return Task(
         fresh=lambda: model.TopLayers(copy.deepcopy(top), features),
-        classes=model.CLASSES,
         validation=validation,
         held_out=validation.head(sizes.held_out),
         tests=tests,
@@ -176,13 +169,13 @@ def _vision(sizes: Sizes, quick: bool) -> Task:
 
     def train(seed: int, flipped: float) -> Images:
         rows = np.random.default_rng([seed, 0]).permutation(pool)[:200]
-        given = flip(labels[rows] - 5, flipped, len(_ASKED), np.random.default_rng([seed, 1]))
-        return _images(pixels[rows], given + 5)
+        first, generator = _ASKED[0], np.random.default_rng([seed, 1])
+        given = data.flip(labels[rows] - first, flipped, generator, len(_ASKED))
+        return _images(pixels[rows], given + first)
 
     held_out = validation[: sizes.held_out]
     return Task(
         fresh=lambda: VisionModel(copy.deepcopy(encoder)),
-        classes=len(_ASKED),
         validation=_images(pixels[validation], labels[validation]),
         held_out=_images(pixels[held_out], labels[held_out]),
         tests=tests,

@@ -15,8 +15,13 @@ from torch.nn.functional import cross_entropy
 
 import flatkern
 from flatkern import landscape
-from flatkern.demo.experiment import BATCH, FrozenWeights, train_epochs
-from flatkern.methods.base import keywords_of
+from flatkern.demo.experiment import (
+    BATCH,
+    FrozenWeights,
+    batch_loss,
+    method_named,
+    train_epochs,
+)
 from flatkern.study import tasks
 from flatkern.study.arms import LABELS, PLAIN, STOPPED, Arm, Cell
 
@@ -86,10 +91,7 @@ def build(
     for weight in model.encoder.parameters():
         weight.requires_grad_(arm.start == "full")
 
-    def loss_fn(batch: Any) -> Tensor:
-        *inputs, labels = batch
-        return cross_entropy(model(*inputs), labels)
-
+    loss_fn = batch_loss(model)
     if arm.start == "adalora":
         return _adalora(model, arm, seed, steps, loss_fn)
     if arm.start != "full":
@@ -117,9 +119,7 @@ def _method(model: nn.Module, arm: Arm, seed: int) -> flatkern.methods.Method:
     if arm.start == "lora_plus":
         trainable = flatkern.nn.lora_plus_groups(model, arm.lr, PLUS_RATIO)
     optimizer = torch.optim.AdamW(trainable, lr=arm.lr)
-    method = getattr(flatkern.methods, arm.method)
-    seeded = {"seed": seed} if "seed" in keywords_of(method) else {}
-    return method(model, optimizer, **arm.options, **seeded)
+    return method_named(arm.method, model, optimizer, arm.options, seed)
 
 
 def _adalora(

@@ -22,10 +22,6 @@ from bench import sass  # noqa: E402
 
 EXTENSION = flatkern.build_info()["extension"]
 
-# What the CUDA extension and Triton are read for here. sm_80 has sm_90's instructions; `python -m
-# bench.sass` reads it as well.
-READ = (90, 100)
-
 # Instructions per element, the most over sm_80, sm_90 and sm_100 and over the compilers of the
 # oldest and the newest torch, rounded up: the noise alone is 17 of them.
 CUDA_CEILINGS = {
@@ -106,7 +102,7 @@ def assert_no_spills(report):
 def triton_reports():
     from bench import sass_triton
 
-    wanted = [(name, arch) for name in sass_triton.cases() for arch in READ]
+    wanted = [(name, arch) for name in sass_triton.cases() for arch in sass.ARCHS]
     return dict(zip(wanted, sass_triton.reports(wanted), strict=True))
 
 
@@ -116,12 +112,16 @@ def triton_names():
     return sass_triton.cases()
 
 
-@pytest.mark.parametrize("arch", READ)
+@pytest.mark.parametrize("arch", sass.ARCHS)
 @pytest.mark.parametrize("name", triton_names())
 def test_triton(triton_reports, name, arch):
     report = triton_reports[name, arch]
     op = name.split()[0].rstrip("_")
-    assert_no_spills(report)
+    # Two registers of the row norm on sm_80, which has fewer ways to load than its successors.
+    if (op, arch) == ("row_norm", 80):
+        assert report.spill_bytes <= 8
+    else:
+        assert_no_spills(report)
     if op == "row_norm":
         assert "128" in report.loads
         assert (report.products > 0) == ("rank 0" not in name)
@@ -137,7 +137,7 @@ def test_triton(triton_reports, name, arch):
 def cuda_reports():
     if not isinstance(EXTENSION, dict) or not EXTENSION["cuda"]:
         pytest.skip("flatkern._C was built without CUDA")
-    return sass.analyse_file(Path(flatkern._backend._C.__file__), READ)
+    return sass.analyse_file(Path(flatkern._backend._C.__file__))
 
 
 def cuda_form(report):
@@ -146,14 +146,12 @@ def cuda_form(report):
     return op.lower() + " elementwise" * (elementwise == "true")
 
 
-def test_cuda_was_compiled_for_what_it_says():
-    if not isinstance(EXTENSION, dict) or not EXTENSION["cuda"]:
-        pytest.skip("flatkern._C was built without CUDA")
+def test_cuda_was_compiled_for_what_it_says(cuda_reports):
     if re.search("[A-Za-z]{2}", EXTENSION["cuda"]["archs"].replace("+PTX", "")):
         pytest.skip("an architecture by name")
     archs = EXTENSION["cuda"]["archs"].replace(";", " ").replace("+PTX", "").split()
     expected = {int(arch.replace(".", "").rstrip("af")) for arch in archs}
-    assert sass.archs_of(Path(flatkern._backend._C.__file__)) == expected
+    assert {report.arch for report in cuda_reports} == expected
 
 
 def test_cuda_elementwise(cuda_reports):

@@ -1,13 +1,13 @@
 """save_adapter and load_adapter against the real PEFT, in both directions."""
 
 import copy
-import json
 
 import pytest
 import tolerances
 import torch
+from adapter_edits import edit_config, edit_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -198,24 +198,6 @@ def test_saving_needs_adapters(tmp_path):
     with pytest.raises(TypeError, match="folder"):
         save_adapter(adapted(), 3)
     assert not (tmp_path / "new").exists()
-
-
-def edit_config(**changes):
-    def edit(folder):
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
-
-    return edit
-
-
-def edit_tensors(change):
-    def edit(folder):
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    return edit
 
 
 A, B = (f"base_model.model.last.lora_{part}.weight" for part in "AB")

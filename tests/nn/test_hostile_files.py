@@ -10,10 +10,10 @@ import time
 import pytest
 import tolerances
 import torch
-from safetensors.torch import load_file, save_file
+from adapter_edits import edit_config, edit_tensors
 from torch import nn
 
-from flatkern.nn import adapter, adapter_files, load_adapter, replace_linear, save_adapter
+from flatkern.nn import adapter, load_adapter, replace_linear, save_adapter
 
 
 def make():
@@ -29,15 +29,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def config(change):
-    def edit(folder):
-        path = folder / "adapter_config.json"
-        values = json.loads(path.read_text())
-        path.write_text(json.dumps(values | change))
-
-    return edit
-
-
 def text(content):
     return lambda folder: (folder / "adapter_config.json").write_text(content)
 
@@ -46,16 +37,6 @@ def weights(change):
     def edit(folder):
         path = folder / "adapter_model.safetensors"
         path.write_bytes(change(path.read_bytes()))
-
-    return edit
-
-
-def tensors(change):
-    def edit(folder):
-        path = folder / "adapter_model.safetensors"
-        values = load_file(path)
-        change(values)
-        save_file(values, path)
 
     return edit
 
@@ -83,22 +64,25 @@ HOSTILE = {
     "a tensor of 2^64 bytes": (weights(header(x=HUGE)), WHOLE),
     "a tensor that is not there": (weights(header(**{A: SPARSE})), WHOLE),
     "a pickle": (weights(lambda data: pickle.dumps({"x": 1})), WHOLE),
-    "integers": (tensors(lambda t: t.update({A: t[A].int()})), "lora_A.weight must be float32"),
-    "a name of 1 MiB": (tensors(lambda t: t.update({"x" * 2**20: t[A].clone()})), NAMED),
-    "a name above the folder": (tensors(lambda t: t.update({"../../x": t[A].clone()})), NAMED),
+    "integers": (
+        edit_tensors(lambda t: t.update({A: t[A].int()})),
+        "lora_A.weight must be float32",
+    ),
+    "a name of 1 MiB": (edit_tensors(lambda t: t.update({"x" * 2**20: t[A].clone()})), NAMED),
+    "a name above the folder": (edit_tensors(lambda t: t.update({"../../x": t[A].clone()})), NAMED),
     "no object": (text("[1, 2]"), "adapter_config.json must be an object, got list"),
     "no text": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe{"), "must be JSON"),
     "nested without end": (text("[" * 200_000), "must be JSON"),
-    "names as a string": (config({"modules_to_save": "head"}), "modules_to_save must be list"),
-    "names of numbers": (config({"target_parameters": [1]}), "target_parameters must hold names"),
-    "a list of patterns": (config({"alpha_pattern": ["fc"]}), "alpha_pattern must be dict"),
-    "alpha as text": (config({"lora_alpha": "16"}), "lora_alpha must be"),
+    "names as a string": (edit_config(modules_to_save="head"), "modules_to_save must be list"),
+    "names of numbers": (edit_config(target_parameters=[1]), "target_parameters must hold names"),
+    "a list of patterns": (edit_config(alpha_pattern=["fc"]), "alpha_pattern must be dict"),
+    "alpha as text": (edit_config(lora_alpha="16"), "lora_alpha must be"),
     "alpha without bound": (text('{"peft_type": "LORA", "lora_alpha": 1e999}'), "lora_alpha must"),
-    "a pattern that never ends": (config({"alpha_pattern": {"(0|0)*(.*)*x": 4}}), "alpha_pattern"),
-    "a pattern of many powers": (config({"alpha_pattern": {".*.*.*.*.*x": 4}}), "alpha_pattern"),
-    "no pattern": (config({"alpha_pattern": {"(": 4}}), "alpha_pattern must be regular"),
+    "a pattern that never ends": (edit_config(alpha_pattern={"(0|0)*(.*)*x": 4}), "alpha_pattern"),
+    "a pattern of many powers": (edit_config(alpha_pattern={".*.*.*.*.*x": 4}), "alpha_pattern"),
+    "no pattern": (edit_config(alpha_pattern={"(": 4}), "alpha_pattern must be regular"),
     "another rank": (
-        tensors(lambda t: t.update({A: torch.zeros(9, 6)})),
+        edit_tensors(lambda t: t.update({A: torch.zeros(9, 6)})),
         r"lora_B must be \[5, 9\]",
     ),
 }
@@ -121,15 +105,15 @@ def test_hostile_files_are_refused_at_once(name, folder):
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(folder, monkeypatch):
-    monkeypatch.setattr(adapter_files, "read_tensors", lambda *_: pytest.fail("read"))
-    tensors(lambda t: t.update({A: torch.zeros(9, 6)}))(folder)
+    monkeypatch.setattr(adapter, "read_tensors", lambda *_: pytest.fail("read"))
+    edit_tensors(lambda t: t.update({A: torch.zeros(9, 6)}))(folder)
     with pytest.raises(ValueError, match="lora_B must be"):
         load_adapter(make(), folder)
 
 
 @pytest.mark.parametrize("pattern", ["^0", r"model\.layers\.\d+\.(q|v)_proj", ".*attn.*proj"])
 def test_usual_patterns_are_read(folder, pattern):
-    config({"alpha_pattern": {pattern: 5}})(folder)
+    edit_config(alpha_pattern={pattern: 5})(folder)
     model = make()
     load_adapter(model, folder)
     assert model[0].lora_alpha == (5 if pattern == "^0" else 16)

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 ARITHMETIC = (
     *("random_coordinates", "box_muller", "chosen_words", "every_code", "every_size"),
     *("special_values", "during_the_cast", "flush_denormal", "with_adapters", "square"),
-    *("not_finite", "row_norm_then_perturb", "worst_cases"),
+    *("not_finite", "row_norm_then_perturb", "what_the_reference_writes", "noise_of_every_size"),
 )
 FILES = ("test_noise.py", "test_row_norm.py", "test_perturb.py", "test_perturb_merged.py")
-FILES += ("test_residual.py",)
+FILES += ("test_residual.py", "test_residual_codes.py")
 
 
 def in_use():

@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.stats
 
 from flatkern import cli
+from flatkern.demo import data
 from flatkern.study import StudyError, arms, corrupt, statistics, tasks, train
 from flatkern.study.arms import FLAT, PLAIN, STOPPED, Cell
 from flatkern.study.store import Store
@@ -48,7 +49,6 @@ def tiny(monkeypatch, threads):
     names = ["test", "other: far", *(f"noise {severity}" for severity in corrupt.SEVERITIES)]
     task = tasks.Task(
         fresh=Tiny,
-        classes=CLASSES,
         validation=examples(30, 1),
         held_out=examples(20, 2),
         tests={name: examples(40, 3 + place) for place, name in enumerate(names)},
@@ -221,10 +221,10 @@ def test_correlations_are_within_seeds():
 
 def test_flips_are_exact_and_to_other_classes():
     labels = np.arange(200) % 5
-    given = tasks.flip(labels, 0.3, 5, np.random.default_rng(0))
+    given = data.flip(labels, 0.3, np.random.default_rng(0), 5)
     assert (given != labels).sum() == 60
     assert set(given) == set(range(5))
-    assert (tasks.flip(labels, 0.0, 5, np.random.default_rng(0)) == labels).all()
+    assert (data.flip(labels, 0.0, np.random.default_rng(0), 5) == labels).all()
 
 
 SENTENCES = ["A surprisingly good film, with a heart of its own."] * 50
