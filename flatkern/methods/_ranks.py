@@ -1,7 +1,6 @@
 """The ranks that train one model together, each on batches of its own."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -108,13 +107,9 @@ def laid_out(gradient: Tensor, sparse: bool) -> Tensor:
 
 def _fsdp_groups(model: nn.Module) -> list:
     """The groups over which FSDP2 takes means of gradients, outer ones first."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    if module is None or not torch.distributed.is_available():
-        return []
-    for part in model.modules():
-        if isinstance(part, module.FSDPModule):
-            for group in shards.fsdp_groups(part):
-                info = group.mesh_info
-                names = ("replicate_process_group", "shard_process_group")
-                return [getattr(info, name) for name in names if hasattr(info, name)]
+    for part in shards.fsdp_modules(model):
+        for group in shards.fsdp_groups(part):
+            info = group.mesh_info
+            names = ("replicate_process_group", "shard_process_group")
+            return [getattr(info, name) for name in names if hasattr(info, name)]
     return []

@@ -7,6 +7,7 @@ from the part's offsets, without a word to the others. Only norms of rows go ove
 import itertools
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -304,15 +305,22 @@ def noisy_linear(
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP drop what it has gathered, which may show other noise than the shards."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    if module is None or not torch.distributed.is_available():
-        return
-    for part in model.modules():
-        if not isinstance(part, module.FSDPModule):
-            continue
+    for part in fsdp_modules(model):
         # reshard() leaves gathered what an exception interrupted in its forward.
         for group in fsdp_groups(part):
             group._to_sharded()
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that FSDP2 shards, outer ones first."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # PEFT imports it without need, and every window would walk through the model.
+    if module is None or not has_ranks:
+        return
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule):
+            yield part
 
 
 def fsdp_groups(part: Any) -> list[Any]:
