@@ -180,7 +180,7 @@ def build(parts: Parts, rehearse: bool) -> None:
 def check(parts: Parts, rehearse: bool, folder: Path) -> None:
     """Tests and sanitizers, side by side: none of them is timed."""
     report = folder / "tests.xml"
-    tests = [PYTHON, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    tests = [PYTHON, "-m", "pytest", f"--junitxml={report}", "-p", "no:hypothesispytest"]
     required = "reference,cpu,cuda,triton"
     if rehearse:
         tests.append("tests/noise/test_schedules.py")

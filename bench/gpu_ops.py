@@ -415,8 +415,9 @@ class Runner:
 
 
 def exercise(device: torch.device) -> None:
-    """Every op's gate on small odd shapes, for compute-sanitizer."""
-    for (rows, cols), dtype in itertools.product(((37, 264), (5, 4099)), DTYPES.values()):
+    """Every op's gate on small odd shapes, for compute-sanitizer; a rehearsal's are smaller."""
+    shapes = ((37, 264), (5, 4099)) if device.type == "cuda" else ((3, 24), (2, 99))
+    for (rows, cols), dtype in itertools.product(shapes, DTYPES.values()):
         i = Inputs(rows, cols, dtype, device, 1)
         for op in (*OPS, "foreach"):
             if op != "window" or is_available(i.weight):

@@ -110,12 +110,12 @@ def device(implementation):
 @pytest.fixture(autouse=True)
 def poison_uninitialised():
     """torch.empty is filled with NaN (the largest integer), so that an unwritten output is seen."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # This one, unlike torch.use_deterministic_algorithms, does not import the compiler.
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture

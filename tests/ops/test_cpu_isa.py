@@ -42,7 +42,8 @@ def test_arithmetic_of_narrower_instruction_sets(isa):
     if os.environ.get("FLATKERN_CPU_ISA") or in_use() in (isa, "portable"):
         pytest.skip(f"{in_use()} is what the other tests run on")
     environment = {**os.environ, "FLATKERN_CPU_ISA": isa, "FLATKERN_TEST_REQUIRE": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:hypothesispytest"]
+    command += ["-x", "-q", __file__]
     command += [str(Path(__file__).parent / name) for name in FILES]
     command += ["-k", f"(cpu and ({' or '.join(ARITHMETIC)})) or instruction_set_is_in_use"]
     run = subprocess.run(
