@@ -1,3 +1,4 @@
+import gc
 import os
 from dataclasses import dataclass
 
@@ -79,6 +80,9 @@ def pytest_collection_modifyitems(items):
         return next(found, len(LONGEST))
 
     items.sort(key=place)
+    # What is imported and collected by now stays: the garbage collector need not walk it again.
+    gc.collect()
+    gc.freeze()
 
 
 def why_unusable(name):

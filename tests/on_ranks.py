@@ -107,17 +107,27 @@ class Runner:
 def run_rank(rank, world, folder, modules):
     """Run the modules' checks; leave what went wrong on this rank in a file for each."""
     torch.set_num_threads(1)
+    import time, os; open(f"/tmp/hint_rank.log","a").write(f"{world} {rank} __start {time.process_time():.3f} 0\n")
     init = f"file://{folder}/store{world}"
     group = {"rank": rank, "world_size": world, "timeout": PATIENCE}
     dist.init_process_group("gloo", init_method=init, **group)
     for name in [name for own, name in checks_of(modules) if own == world]:
+        import time; _t=time.process_time(); _w=time.time()
         try:
-            CHECKS[name][-1](rank, folder)
+            import cProfile
+            if rank == 0 and os.path.exists("/tmp/hi_prof_on"):
+                pr = cProfile.Profile(); pr.enable()
+                CHECKS[name][-1](rank, folder)
+                pr.disable(); pr.dump_stats(f"/tmp/hiprof-{name}-{world}")
+            else:
+                CHECKS[name][-1](rank, folder)
             found = ""
         except BaseException:
             found = traceback.format_exc()
         (folder / f"{name}-{world}-{rank}").write_text(found)
+        open(f"/tmp/hint_rank.log","a").write(f"{world} {rank} {name} {time.process_time()-_t:.3f} {time.time()-_w:.3f}\n")
     dist.destroy_process_group()
+    open(f"/tmp/hint_rank.log","a").write(f"{world} {rank} __total {time.process_time():.3f} 0\n")
 
 
 def run_example(rank, world, port, path, folder):
