@@ -1,5 +1,6 @@
 """The whole demo on a tiny random model and made-up sentences."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ pytest.importorskip("tqdm", reason="the demo's extras are not installed")
 import transformers
 
 from flatkern import cli
-from flatkern.demo import data, experiment, model, report, run, settings
+from flatkern.demo import certain, data, experiment, model, report, run, settings
 from flatkern.demo.settings import METHODS, Recipe, Setting
 
 TINY = Setting("tiny", 0.25, epochs=1, quick_epochs=1, lr=1e-3, sigma=0.5, dropout=0.5)
@@ -62,6 +63,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "load_pretrained", lambda: (tiny_model(), tokenize))
     monkeypatch.setattr(cli, "_missing_for_demo", lambda: None)
     monkeypatch.setattr(run, "SETTINGS", (TINY,))
+    few = functools.partial(certain.exactness, windows=20)
+    monkeypatch.setattr(certain, "exactness", few)
     monkeypatch.setattr(settings, "TRAINING_SENTENCES", 64)
     monkeypatch.setattr(settings, "VALIDATION_SENTENCES", 20)
     monkeypatch.setattr(settings, "TEST_SENTENCES", 20)
