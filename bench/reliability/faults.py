@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import flatkern
 from bench.reliability.injectors import ERRORS, NEVER, Injector, Lines, Ops, Timer
 from flatkern import _backend, methods
+from flatkern.integrations import peft
 from flatkern.nn import replace_linear
 from flatkern.noise import registry
 
@@ -37,7 +39,7 @@ from flatkern.noise import registry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESTORES = ("residual", "snapshot", "host")
 SCOPES = ("merged", "all", "full", "trainable")
-WORKS = ("window", "batches", "paused", "open", "saved")
+WORKS = ("window", "batches", "paused", "open", "saved", "two windows")
 INJECTORS = ("line", "op", "behind an op", "moment")
 METHODS = {
     "FlatLoRA": {},
@@ -73,16 +75,18 @@ class Case(NamedTuple):
     scope: str = "merged"
     work: str = "window"
     method: str | None = None
+    layers: str = "own"
 
 
 def cases() -> list[Case]:
-    """Windows over dtypes, modes, restores and scopes; and every method in two dtypes."""
-    windows = [
-        Case(dtype, mode, restore, scope, work)
-        for dtype, restore, scope, work in itertools.product(DTYPES, RESTORES, SCOPES, WORKS)
-        for mode in ("virtual", "inplace")
-    ]
-    return windows + [Case(dtype, method=name) for name in METHODS for dtype in DTYPES[:2]]
+    """Windows over dtypes, modes, restores and scopes; every method; PEFT's layers."""
+    modes = ("virtual", "inplace")
+    kinds = itertools.product(DTYPES, modes, RESTORES, SCOPES, WORKS)
+    windows = [Case(*kind) for kind in kinds]
+    kinds = itertools.product(DTYPES[:2], modes, RESTORES[:2], SCOPES[:3], WORKS)
+    windows += [Case(*kind, layers="peft") for kind in kinds]
+    steps = [Case(dtype, method=name) for name in METHODS for dtype in DTYPES[:2]]
+    return windows + steps + [Case(torch.float32, method=name, layers="peft") for name in METHODS]
 
 
 class Subject:
@@ -94,7 +98,13 @@ class Subject:
         model = nn.Sequential(
             nn.LayerNorm(12), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 120), nn.Linear(120, 5)
         ).to(case.dtype)
-        replace_linear(model, ["1", "3", "4"], r=2, init_lora_weights=False)
+        if case.layers == "peft":
+            config = LoraConfig(r=2, target_modules=["1", "3", "4"], init_lora_weights=False)
+            inject_adapter_in_model(config, model)
+            model.to(case.dtype)
+            peft.attach(model)
+        else:
+            replace_linear(model, ["1", "3", "4"], r=2, init_lora_weights=False)
         if case.scope == "trainable":
             model[1].weight.requires_grad_(True)
         self.model = model
@@ -106,12 +116,14 @@ class Subject:
         self.noise = self.method = None
         if case.method is None:
             options = {"mode": case.mode, "restore": case.restore, "scope": case.scope}
-            self.noise = flatkern.WeightNoise(model, 0.2, seed=7, **options)
+            parts = [model[:3], model[3:]] if case.work == "two windows" else [model]
+            self.owners = [flatkern.WeightNoise(part, 0.2, seed=7, **options) for part in parts]
+            self.noise = self.owners[0]
         else:
             kind = getattr(methods, case.method)
             self.method = kind(model, self.optimizer, **METHODS[case.method])
-        owner = self.noise or self.method
-        self.remembered = owner.state_dict()
+            self.owners = [self.method]
+        self.remembered = [owner.state_dict() for owner in self.owners]
         self.before = {name: w.detach().clone() for name, w in model.named_parameters()}
         self.attributes = {m: (set(vars(m)), _hooks(m)) for m in model.modules()}
         self.expected = self.run()
@@ -134,6 +146,9 @@ class Subject:
                 self.loss(self.x[0]).backward()
             finally:
                 noise.close()
+        elif work == "two windows":
+            with noise.window(), self.owners[1].window():
+                self.loss(self.x[0]).backward()
         else:
             with noise.window(micro_batches=2):
                 self.loss(self.x[0]).backward()
@@ -156,7 +171,8 @@ class Subject:
                 weight.copy_(self.before[name])
         self.optimizer.zero_grad()
         self.stepping = False
-        (self.noise or self.method).load_state_dict(self.remembered)
+        for owner, remembered in zip(self.owners, self.remembered, strict=True):
+            owner.load_state_dict(remembered)
 
     def run(self) -> dict[str, Tensor]:
         """The weights behind a whole step; ends as before it."""
@@ -181,7 +197,8 @@ class Subject:
         if self.noise is not None and self.case.work == "open":
             # Nothing closes a window whose `close` never began, or was not reached.
             flatkern.close(model)
-        require(not (self.noise and self.noise.active), "a window is open")
+        if self.noise is not None:
+            require(not any(noise.active for noise in self.owners), "a window is open")
         for name, weight in model.named_parameters():
             if not self.stepping or ("lora_" not in name and not weight.requires_grad):
                 require(_same(weight, self.before[name]), f"{name} is not what it was")

@@ -67,7 +67,7 @@ class State:
     def fits(self) -> bool:
         """Whether what `allocate` gave still serves the weight, which may be another by now."""
         target = self.target
-        if self.key is None or self.key.device != target.weight.device:
+        if self.row_scale is None or self.row_scale.device != target.weight.device:
             return False
         return len(self.row_scale) == target.rows.count(target.shape)
 

@@ -122,7 +122,8 @@ class Weights:
     def enter(self, key: NoiseKey, sigma_t: float, largest: float) -> None:
         """Write keys and row scales: data at fixed addresses, so that nothing recompiles."""
         if not self._are_where_they_were:
-            if not all(state.fits() for state in self.states):
+            if not (self._tables and all(state.fits() for state in self.states)):
+                self._tables = []  # An interruption leaves none: the next window makes them all.
                 self._tables = allocate(self.states)
             for state in self.states:
                 state.serve()

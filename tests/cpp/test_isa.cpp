@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
+#include "on_threads.h"
 
 namespace flatkern::cpu {
 namespace {
@@ -52,13 +53,13 @@ int64_t units(int64_t cols) { return kRows * blocks_per_row(cols); }
 
 std::vector<float> noise_of(const Kernels& k, int64_t cols, uint64_t col_offset) {
   std::vector<float> out(kRows * cols);
-  k.noise({block_of(cols, col_offset), out.data()}, 0, units(cols));
+  on_threads(k.noise, {block_of(cols, col_offset), out.data()}, units(cols));
   return out;
 }
 
 std::vector<float> uniform_of(const Kernels& k, int64_t cols, uint64_t col_offset) {
   std::vector<float> out(kRows * cols);
-  k.uniform({block_of(cols, col_offset), out.data()}, 0, units(cols));
+  on_threads(k.uniform, {block_of(cols, col_offset), out.data()}, units(cols));
   return out;
 }
 
@@ -68,7 +69,7 @@ std::vector<char> perturbed(const Kernels& k, bool restore, std::vector<char> we
   std::vector<char> out(kRows * cols * size_of(to));
   const PerturbArgs args = {block_of(cols, 2), weight.data(), out.data(), from, to, cols, cols,
                             scale.data(),      elementwise};
-  (restore ? k.restore : k.perturb)(args, 0, units(cols));
+  on_threads(restore ? k.restore : k.perturb, args, units(cols));
   return out;
 }
 
@@ -98,7 +99,7 @@ RowNormArgs norm_args(const std::vector<char>& weight, Dtype dtype, int64_t cols
 std::vector<float> norms(const Kernels& k, const std::vector<char>& weight, Dtype dtype,
                          int64_t cols, const Adapters& a) {
   std::vector<float> norm(kRows);
-  k.row_norm(norm_args(weight, dtype, cols, a, norm), 0, kRows);
+  on_threads(k.row_norm, norm_args(weight, dtype, cols, a, norm), kRows);
   return norm;
 }
 
@@ -110,10 +111,10 @@ void check_merged(const Kernels& k, const std::vector<char>& weight, Dtype dtype
   std::vector<char> parts(weight.size()), fused = weight;
   PerturbArgs args = {block_of(cols, 0), weight.data(), parts.data(), dtype, dtype, cols, cols,
                       scale.data(),      false};
-  k.perturb(args, 0, units(cols));
+  on_threads(k.perturb, args, units(cols));
   args.weight = args.out = fused.data();
   args.row_scale = nullptr;
-  k.perturb_merged({args, norm_args(weight, dtype, cols, a, returned, 0.01f)}, 0, kRows);
+  on_threads(k.perturb_merged, {args, norm_args(weight, dtype, cols, a, returned, 0.01f)}, kRows);
   expect(fused == parts && returned == scale, "perturb_merged", k.name, cols);
 }
 

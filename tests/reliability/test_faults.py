@@ -18,6 +18,7 @@ from bench.reliability import faults
 from bench.reliability.injectors import PACKAGE, Lines
 from flatkern import ops
 from flatkern.nn import replace_linear
+from flatkern.noise import registry
 
 SAMPLE = [
     faults.Case(torch.bfloat16, "virtual", "residual", "all", "paused"),
@@ -93,6 +94,44 @@ def test_a_backend_is_left_whatever_interrupts_it():
         assert flatkern.build_info()["backend"] == "auto"
 
     strike_every(run, lambda at: Lines(at, KeyboardInterrupt), check)
+
+
+class InStates(Lines):
+    within = f"{PACKAGE}/noise/state.py"
+
+
+@pytest.mark.parametrize("mode", ["virtual", "inplace"])
+def test_a_first_window_by_hand_interrupted(mode):
+    """What is left open can be closed; the next window has the right noise, as have others'."""
+    model, x = make(), torch.ones(2, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def new():
+        return flatkern.WeightNoise(model, 0.3, mode=mode, seed=7)
+
+    def output(noise):
+        with noise.window(step=0):
+            return model(x).detach()
+
+    noise, other, expected = new(), new(), output(new())
+
+    def run():
+        noise.open(step=0)
+        noise.close()
+
+    def check():
+        nonlocal noise
+        if noise.active:
+            noise.close()
+        for each in (noise, other):
+            tolerances.assert_same_bits(output(each), expected)
+        assert not registry._OPEN
+        for name, value in model.state_dict().items():
+            tolerances.assert_same_bits(value, before[name])
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        noise = new()
+
+    strike_every(run, lambda at: InStates(at, KeyboardInterrupt), check)
 
 
 class InTheReference(Lines):
