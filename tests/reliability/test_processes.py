@@ -1,0 +1,144 @@
+"""Windows and other processes: kill -9 and what comes after, forks, workers of data loaders."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import tolerances
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import flatkern
+from flatkern.nn import load_adapter, replace_linear, save_adapter
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
+STEPS = 24
+modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Threads do not survive a fork."""
+    threads(1)
+
+
+def make(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).to(torch.bfloat16)
+    replace_linear(model, "all-linear", r=2, init_lora_weights=False)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    noise = flatkern.WeightNoise(model, 0.3, mode=mode, seed=3)
+    return model, noise, torch.optim.SGD(weights, lr=0.1)
+
+
+def step(model, noise, optimizer, x):
+    with noise.window():
+        loss = model(x).float().square().mean()
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def batch(number):
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(8, 16, generator=generator).to(torch.bfloat16)
+
+
+def copies(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_state(model, expected):
+    for name, value in model.state_dict().items():
+        tolerances.assert_same_bits(value, expected[name])
+
+
+def train_and_save(mode, folder):
+    model, noise, optimizer = make(mode)
+    for number in range(STEPS):
+        step(model, noise, optimizer, batch(number))
+        save_adapter(model, folder)
+
+
+@modes
+def test_a_killed_run_goes_on_with_the_bits_of_one_that_was_not(mode, tmp_path):
+    """Whenever it is killed: in a window, between two steps, while the adapter is written."""
+    model, noise, optimizer = make(mode)
+    states, remembered = [], []
+    for number in range(STEPS):
+        step(model, noise, optimizer, batch(number))
+        states.append(copies(model))
+        remembered.append(noise.state_dict())
+
+    stopped = []
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        child = FORK.Process(target=train_and_save, args=(mode, folder))
+        child.start()
+        deadline = time.monotonic() + 60
+        while not folder.is_dir() or not any(folder.glob("*.safetensors")):
+            assert time.monotonic() < deadline, "nothing was saved"
+            time.sleep(0.001)
+        time.sleep(0.004 * attempt)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        model, noise, optimizer = make(mode)
+        load_adapter(model, folder)
+        found = [n for n, state in enumerate(states) if same(model, state)]
+        assert len(found) == 1, "the file is that of no step"
+        stopped += found
+        noise.load_state_dict(remembered[found[0]])
+        for number in range(found[0] + 1, STEPS):
+            step(model, noise, optimizer, batch(number))
+        assert_state(model, states[-1])
+    # Some were killed before the end.
+    assert min(stopped) < STEPS - 1
+
+
+def same(model, state):
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@modes
+def test_both_sides_of_a_fork_close_their_window(mode):
+    model, noise, optimizer = make(mode)
+    before = copies(model)
+    expected = step(*make(mode), batch(0))
+    noise.open()
+
+    def child():
+        noise.close()
+        assert_state(model, before)
+        assert not noise.active
+        step(model, noise, optimizer, batch(1))
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    loss = model(batch(0)).float().square().mean()
+    tolerances.assert_same_bits(loss.detach(), expected)
+    noise.close()
+    assert_state(model, before)
+
+
+@modes
+def test_workers_of_a_data_loader_start_and_end_inside_a_window(mode):
+    """Forked while the weights are noisy, they end without touching them."""
+    data = TensorDataset(torch.stack([batch(number) for number in range(4)]))
+    losses = []
+    for workers in (0, 2):
+        model, noise, _ = make(mode)
+        before = copies(model)
+        loader = DataLoader(
+            data, num_workers=workers, multiprocessing_context="fork" if workers else None
+        )
+        with noise.window():
+            losses.append(torch.stack([model(x[0]).float().square().mean() for (x,) in loader]))
+        assert_state(model, before)
+    tolerances.assert_same_bits(*losses)
