@@ -61,8 +61,6 @@ LONGEST = (
     "csrc/test_cuda_emulated.py",
     "bench/test_gpu_script.py",
     "integrations/test_distributed.py",
-    "methods/test_ddp.py",
-    "integrations/test_trainer_ranks.py",
     "noise/test_window_compile.py",
     "csrc/test_isa.py",
     "csrc/test_cuda_residual.py",

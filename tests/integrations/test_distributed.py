@@ -1,16 +1,26 @@
-"""Sharded training equals unsharded training; distributed_*checks.py say what is held."""
+"""Training on ranks equals training on one; distributed_*checks.py and ddp_checks.py say how.
+
+All of it in one file, which starts the server of ranks and a group of each size once: the server
+takes 15 s of CPU.
+"""
 
 import importlib.util
 from pathlib import Path
 
+import ddp_checks
 import on_ranks
 import pytest
 import torch.distributed
 
+from flatkern import methods
+
 ROOT = Path(__file__).parents[2]
 MODULES = ["distributed_checks", "distributed_fsdp_checks", "distributed_landscape_checks"]
+MODULES += ["ddp_checks"]
 if importlib.util.find_spec("peft") is not None:
     MODULES += ["distributed_peft_checks", "distributed_kinds_checks"]
+    if importlib.util.find_spec("accelerate") is not None:
+        MODULES += ["distributed_trainer_checks"]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +36,10 @@ def runner(folder):
 @pytest.mark.parametrize(("world", "name"), on_ranks.checks_of(MODULES))
 def test_on_ranks(runner, world, name):
     runner.assert_passed(world, name)
+
+
+def test_every_method_is_among_them():
+    assert set(ddp_checks.KINDS) - {methods.Method} == {case.type for case in ddp_checks.EVERY}
 
 
 @pytest.mark.parametrize("kind", ["distributed_checks", "distributed_peft_checks"])

@@ -77,8 +77,7 @@ def test_parts_in_eval_mode_are_trained_with_noise(tmp_path):
     assert all(seen)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_modules_log_the_same_figures(tmp_path, backend):
+def test_compiled_modules_log_the_same_figures(tmp_path):
     def figures(folder, wrap):
         torch.compiler.reset()
         logger = CSVLogger(str(folder), version=0)
@@ -92,7 +91,9 @@ def test_compiled_modules_log_the_same_figures(tmp_path, backend):
         return logged
 
     plain = figures(tmp_path / "plain", lambda model: model)
-    compiled = figures(tmp_path / "compiled", lambda model: torch.compile(model, backend=backend))
+    compiled = figures(
+        tmp_path / "compiled", lambda model: torch.compile(model, backend="aot_eager")
+    )
     assert len(plain) == len(compiled) == 2
     for one, other in zip(plain, compiled, strict=True):
         assert one["noise_loss_rise"] != 0

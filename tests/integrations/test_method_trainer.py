@@ -65,7 +65,8 @@ def model_of(case):
     return lora() if case in OWN else adapted()
 
 
-RUNS = [(case, None) for case in EVERY] + [(case, 4.0) for case in NEWER]
+# Under a scaler of accelerate's the newer ones: a power of two changes no bit.
+RUNS = [(case, 4.0 if case in NEWER else None) for case in EVERY]
 
 
 @pytest.mark.parametrize(("case", "scale"), RUNS, ids=lambda value: value or "")
@@ -73,8 +74,7 @@ def test_training_is_the_method_s_own(tmp_path, case, scale):
     method, model, twin = EVERY[case], model_of(case), model_of(case)
     trainer, order = method_trainer(tmp_path, model, method, num_train_epochs=1)
     if scale is not None:
-        # accelerate makes one, and unscales by it, only where there is a GPU. A power of two
-        # changes no bit.
+        # accelerate makes one, and unscales by it, only where there is a GPU.
         scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.method.optimizer)
     trainer.train()

@@ -82,7 +82,7 @@ def test_the_rise_is_that_of_the_first_micro_batch(tmp_path, mode):
         {"bf16": True, "mode": "inplace"},
         {"gradient_checkpointing": True},
         {"mode": "inplace", "gradient_checkpointing": True},
-        {"logging_first_step": True, "logging_steps": 4},
+        {"logging_first_step": True, "logging_steps": 2},
     ],
     ids=str,
 )
@@ -94,7 +94,7 @@ def test_it_changes_no_bit_of_the_training(tmp_path, options):
         others = {key: value for key, value in options.items() if key != "mode"}
         model = dropped(0.3)
         start = bits(model)
-        trainer = trainer_of(tmp_path, model, flat, **others)
+        trainer = trainer_of(tmp_path, model, flat, num_train_epochs=1, **others)
         trainer.train()
         assert not same_bits(bits(model), start)
         return bits(model), trainer
@@ -104,7 +104,7 @@ def test_it_changes_no_bit_of_the_training(tmp_path, options):
     assert same_bits(measured, plain)
     assert not rises(other)
     every = options.get("logging_steps", 1)
-    expected = [s for s in range(1, 7) if s % every == 0 or (every > 1 and s == 1)]
+    expected = [s for s in (1, 2, 3) if s % every == 0 or (every > 1 and s == 1)]
     assert list(rises(trainer)) == expected
 
 

@@ -20,10 +20,10 @@ def llama(dtype=torch.float32, seed=0, hidden_size=32, intermediate_size=48, lay
     return LlamaForCausalLM(config).to(dtype)
 
 
-def adapted(config=None, dtype=torch.float32, spread=True):
+def adapted(config=None, dtype=torch.float32, spread=True, **options):
     """A tiny Llama with LoRA on q_proj and v_proj whose B is not zero."""
     config = config or LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(llama(dtype), config)
+    model = get_peft_model(llama(dtype, **options), config)
     if spread:
         fill(model)
     return model

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import tolerances
 import torch
-from method_cases import Case, cases, copies, loss_fn_of, make_batches, make_model, sgd
+from method_cases import Case, cases, copies, loss_fn_of, make_batches, make_model, sgd, trainable
 from torch import nn
 
 from flatkern import methods
@@ -64,8 +64,14 @@ def flat(tensors):
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-@pytest.mark.parametrize("kind", [methods.SAM, methods.ASAM])
-@pytest.mark.parametrize("dtype", STEP, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (methods.SAM, torch.bfloat16),
+        (methods.SAM, torch.float16),
+        (methods.ASAM, torch.bfloat16),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*rounded at random")
 def test_the_ascent_is_right_on_average(kind, dtype):
     model, draws = Line(dtype), 150
@@ -145,10 +151,8 @@ def test_bar_in_16_bits_is_right_on_average(variant):
             for name, p in model.named_parameters():
                 p.copy_(before[name])
         method.load_state_dict({"step": step})
-        loss_fn_of(model)(make_batches(1, torch.bfloat16)[0]).backward()
-        method.optimizer.param_groups[0]["lr"] = 1e-4
-        for p in model.parameters():
-            p.grad = None if p.grad is None else torch.zeros_like(p.grad)
+        for p in trainable(model):
+            p.grad = torch.zeros_like(p)
         method.update()
         total = total + flat(p.abs() - before[n].abs() for n, p in model.named_parameters())
     names = [name for name, _ in model.named_parameters()]

@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flatkern
 from flatkern.nn import BDALinear, DoRALinear, NoRALinear
 
+# Two layers: noise that is made again in the backward is that of a layer with one before it.
+TWO = ("1", "3")
 both_modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
 
 
@@ -28,17 +30,20 @@ def step(forward, model, x):
     return [loss.detach(), *grads.values()]
 
 
-@both_modes
-@pytest.mark.parametrize("autocast", [False, True])
-def test_one_compilation_over_20_steps(mode, autocast):
-    model = make_model()
+# In place autocast meets plain layers.
+@pytest.mark.parametrize(
+    ("mode", "autocast"), [("virtual", False), ("virtual", True), ("inplace", False)]
+)
+def test_one_compilation_for_all_steps(mode, autocast):
+    model = make_model(targets=TWO)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     noise = flatkern.WeightNoise(model, 0.4, mode=mode, schedule=flatkern.cosine_ramp(10))
     x = data()
     losses = set()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        for number in range(20):
+        # More than dynamo compiles a frame anew for.
+        for number in range(torch._dynamo.config.recompile_limit + 2):
             with noise.window():
                 got = step(compiled, model, x)
             assert counter.frame_count == 1
@@ -48,7 +53,7 @@ def test_one_compilation_over_20_steps(mode, autocast):
                 torch.testing.assert_close(mine, eager)
             losses.add(got[0].item())
         # In bfloat16 two losses may round alike.
-        assert len(losses) > 15
+        assert len(losses) > 7
         clean = step(compiled, model, x)
         assert counter.frame_count == 2
         tolerances.assert_same_bits(clean[0], step(model, model, x)[0])
@@ -65,7 +70,7 @@ KINDS += [{"layer": BDALinear}]
 @both_modes
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_other_kinds_of_adapter(kind, mode):
-    model = make_model(**kind)
+    model = make_model(targets=TWO, **kind)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     noise = flatkern.WeightNoise(model, 0.4, mode=mode)
@@ -81,7 +86,7 @@ def test_other_kinds_of_adapter(kind, mode):
 
 @both_modes
 def test_one_compilation_for_any_number_of_tokens(mode):
-    model = make_model()
+    model = make_model(targets=TWO)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     noise = flatkern.WeightNoise(model, 0.4, mode=mode)
@@ -138,7 +143,7 @@ def test_the_low_rank_part_is_the_compilers():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_noiseless_window_is_plain_lora_compiled_too(autocast):
-    model = make_model()
+    model = make_model(targets=TWO)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     noise = flatkern.WeightNoise(model, 0.0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -151,7 +156,7 @@ def test_a_noiseless_window_is_plain_lora_compiled_too(autocast):
 
 @both_modes
 def test_compiled_backward_after_close_raises(mode):
-    model = make_model()
+    model = make_model(targets=TWO)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with flatkern.WeightNoise(model, 0.4, mode=mode).window():
         loss = compiled(data()).sum()

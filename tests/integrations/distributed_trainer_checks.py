@@ -1,20 +1,16 @@
-"""What each rank of transformers' Trainer under DDP checks."""
+"""transformers' Trainer under DDP against one process by hand, on every rank."""
 
-import os
-import traceback
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from every_method import EVERY
+from on_ranks import check
 from tiny import adapted, bits, same_bits
 from tiny_trainer import SIGMA, batches_of, is_base, trainer_of
 from transformers import Trainer
 
-from flatkern import methods
 from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
-
-WORLD = 2
 
 
 class MethodTrainer(MethodTrainerMixin, Trainer):
@@ -22,12 +18,13 @@ class MethodTrainer(MethodTrainerMixin, Trainer):
 
 
 def of_all_ranks(value):
-    values = [None] * WORLD
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def check_the_callback(folder):
+@check(ranks=(2,))
+def trainer_with_the_callback(_, rank, folder):
     def run(measure):
         model = adapted()
         before = bits(model, is_base)
@@ -44,28 +41,26 @@ def check_the_callback(folder):
     assert same_bits(run(True), run(False))
 
 
-def check_sam(folder):
-    check_method(folder, partial(methods.SAM, rho=0.5))
+# Two passes, forwards alone, a draw for each rank's micro-batch, and those that keep gradients or
+# draw themselves. Every method under DDP itself: ddp_checks.py.
+METHODS = {
+    "SAM": {},
+    "MeZO": {"rtol": 1e-3},
+    "LPFSGD": {"in_turn": True},
+    "GSAM": {"rtol": 1e-3, "lr": 0.2},
+    "EntropySGD": {"rtol": 1e-3, "lr": 0.2},
+    "LoRAPro": {"rtol": 1e-3, "lr": 0.2},
+}
 
 
-def check_mezo(folder):
-    check_method(folder, partial(methods.MeZO, mu=1e-2), rtol=1e-3)
+@check(*METHODS, ranks=(2,))
+def trainer_of_a_method(name, rank, folder):
+    check_method(folder, EVERY[name], **METHODS[name])
 
 
-def check_the_draws_of_lpf_sgd(folder):
-    # A micro-batch of either rank has a draw of its own.
-    check_method(folder, partial(methods.LPFSGD, sigma=1e-2), in_turn=True)
-
-
-def check_those_that_keep_gradients_or_draw(folder):
-    # Of forwards alone: MeZO. Every method under DDP itself: tests/methods/test_ddp.py.
-    for name in ("GSAM", "EntropySGD", "LoRAPro"):
-        check_method(folder, EVERY[name], rtol=1e-3, epochs=1, lr=0.2)
-
-
-def check_method(folder, method, rtol=1e-4, in_turn=False, epochs=2, lr=1e-2):
+def check_method(folder, method, rtol=1e-4, in_turn=False, lr=1e-2):
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-    options |= {"num_train_epochs": epochs, "learning_rate": lr}
+    options |= {"num_train_epochs": 1, "learning_rate": lr}
     model, twin = adapted(), adapted()
     trainer = trainer_of(
         folder, model, kind=partial(MethodTrainer, method=method), ddp_backend="gloo", **options
@@ -76,12 +71,11 @@ def check_method(folder, method, rtol=1e-4, in_turn=False, epochs=2, lr=1e-2):
     pairs = list(zip(*of_all_ranks(order), strict=True))
     trained = [p for p in twin.parameters() if p.requires_grad]
     by_hand = method(twin, torch.optim.SGD(trained, lr=lr))
-    for _ in range(epochs):
-        for size in (3, 1):
-            group, pairs = pairs[:size], pairs[size:]
-            if in_turn:
-                group = [(batch,) for pair in group for batch in pair]
-            by_hand.step(lambda own: sum(twin(**batch).loss for batch in own) / len(own), group)
+    for size in (3, 1):
+        group, pairs = pairs[:size], pairs[size:]
+        if in_turn:
+            group = [(batch,) for pair in group for batch in pair]
+        by_hand.step(lambda own: sum(twin(**batch).loss for batch in own) / len(own), group)
     assert not pairs
     moved = 0.0
     start = bits(adapted())
@@ -90,22 +84,3 @@ def check_method(folder, method, rtol=1e-4, in_turn=False, epochs=2, lr=1e-2):
         moved = max(moved, (value - start[name]).abs().max().item())
     assert moved > 1e-4, moved
     assert all(same_bits(bits(model), other) for other in of_all_ranks(bits(model)))
-
-
-CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
-del CHECKS["check_method"]
-
-
-def run_rank(rank, world, folder, port):
-    """Run the checks; leave what went wrong on this rank in a file for each."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, check in CHECKS.items():
-        try:
-            check(folder / name)
-            found = ""
-        except BaseException:
-            found = traceback.format_exc()
-        (folder / f"{name}-{rank}").write_text(found)
-    dist.destroy_process_group()
