@@ -8,7 +8,7 @@ import functools
 
 
 class _Kept:
-    """What a launch restores when it ends: nothing, so that the next finds triton.language ready."""
+    """What a launch restores at its end: nothing, so that the next finds triton.language ready."""
 
     def restore(self):
         pass

@@ -100,8 +100,8 @@ def assert_no_spills(report):
     assert (report.spills, report.spill_bytes) == (0, 0)
 
 
-# Every kernel is compiled for sm_90, which takes seconds for each; for the others one of a family,
-# in turn of each dtype. `python -m bench.sass` has them all.
+# Every kernel is compiled for sm_90, which takes seconds for each; for the others each family of
+# kernels in one dtype, row norms in two. `python -m bench.sass` has them all.
 EVERYWHERE = (
     "noise",
     "philox_bits",
@@ -112,6 +112,7 @@ EVERYWHERE = (
     "perturb float32 to bfloat16",
     "perturb_plane float16",
     "row_norm float32 rank 16",
+    "row_norm bfloat16 rank 16",
 )
 
 
