@@ -65,7 +65,7 @@ def interpret(selection):
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("FLATKERN_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-p", "no:hypothesispytest", "-k", chosen]
     # Infinities and NaN are meant; numpy warns of them.
     command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
     command += [str(TESTS / file) for file in files]
