@@ -133,12 +133,13 @@ def norm_path(lines: list[Line]) -> list[Line]:
 
 
 def _matching(lines: list[Line], pattern: str) -> int:
-    return sum(bool(re.match(pattern, line.text)) for line in lines)
+    match = re.compile(pattern).match
+    return sum(match(line.text) is not None for line in lines)
 
 
 def analyse(cubin: Path, element_bytes: int | None = None) -> list[Report]:
     """A report for each kernel of a cubin; the size of a stored element may come from its name."""
-    text = _run("nvdisasm", "-c", str(cubin))
+    text = _run("nvdisasm", "-c", "-ndf", str(cubin))
     arch = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)", text)
     usage = _run("cuobjdump", "-res-usage", str(cubin))
     resources = {

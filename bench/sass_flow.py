@@ -152,15 +152,17 @@ def fused_products(lines: list[Line]) -> list[str]:
         after = set(before[at])
         line = lines[at]
         operation = line.text.split()[0] if line.text else ""
-        targets, factors = _registers(line.text)
-        carries = bool(factors & after)
-        if _FUSED.match(operation) and carries:
-            found[at] = line.text
         is_noise = _NOISE.match(operation)
-        if is_noise or (carries and re.match("FMUL|MOV", operation)):
-            after |= targets
-        elif not line.guarded:
-            after -= targets
+        # Most lines come before there is any.
+        if after or is_noise:
+            targets, factors = _registers(line.text)
+            carries = bool(factors & after)
+            if _FUSED.match(operation) and carries:
+                found[at] = line.text
+            if is_noise or (carries and re.match("FMUL|MOV", operation)):
+                after |= targets
+            elif not line.guarded:
+                after -= targets
         for to in edges[at]:
             if before[to] is None or not after <= before[to]:
                 before[to] = after | (before[to] or set())

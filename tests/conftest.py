@@ -11,10 +11,14 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+import quick_interpreter
 import torch
 
 import flatkern
 from flatkern import _backend
+
+if _backend.TRITON_INTERPRETED:
+    quick_interpreter.quicken()
 
 
 @dataclass(frozen=True)

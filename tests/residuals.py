@@ -40,7 +40,7 @@ def refused(residual, match):
 
 
 def word(residual, offset, kind="<I"):
-    return struct.unpack_from(kind, bytes(residual.tolist()), offset)[0]
+    return struct.unpack_from(kind, residual.cpu().numpy().tobytes(), offset)[0]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Content:
 def parse(residual, weight):
     rows = weight.shape[0]
     layout = Layout(rows, weight.numel() // max(rows, 1), weight.element_size())
-    data = bytes(residual.cpu().tolist())
+    data = residual.cpu().numpy().tobytes()
     (capacity, asked) = struct.unpack_from("<QQ", data, 72)
     (clean, state, mismatched) = struct.unpack_from("<III", data, 88)
     begin = HEADER + -(-4 * layout.chunks // 16) * 16

@@ -5,6 +5,7 @@
 // the order of the fibers around: results that depend on it lack a barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -56,7 +57,8 @@ constexpr size_t kStackBytes = 1 << 17;
 enum class State { kReady, kAtBarrier, kInShuffle, kInMma, kDone };
 
 struct Fiber {
-  ucontext_t context;
+  jmp_buf where;
+  bool begun = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   // What the lane offers to its warp; two, because it may be one exchange ahead of its neighbours.
@@ -67,7 +69,7 @@ struct Fiber {
   unsigned exchanges;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
 inline const std::function<void()>* body;
 
@@ -76,12 +78,30 @@ inline Fiber& self() { return fibers[threadIdx.x]; }
 inline void wait(State state) {
   Fiber& fiber = self();
   fiber.state = state;
-  swapcontext(&fiber.context, &scheduler);
+  if (_setjmp(fiber.where) == 0) _longjmp(scheduler, 1);
 }
 
+// One thread of each block, one after the other.
 inline void enter() {
-  (*body)();
-  wait(State::kDone);
+  for (;;) {
+    (*body)();
+    wait(State::kDone);
+  }
+}
+
+// Runs a fiber until it waits. A context begins it, on its stack; from then on it jumps, because a
+// switch of contexts is a system call.
+inline void go_on(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.where, 1);
+  fiber.begun = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
 }
 
 // Lets fibers go on where all whom they wait for have arrived.
@@ -95,14 +115,8 @@ inline void release(unsigned begin, unsigned end, State state) {
 inline void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   for (unsigned t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[t];
-    fiber.state = State::kReady;
-    fiber.exchanges = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    fibers[t].state = State::kReady;
+    fibers[t].exchanges = 0;
   }
   for (unsigned done = 0; done < threads;) {
     bool stuck = true;
@@ -110,7 +124,7 @@ inline void run_block(unsigned threads) {
       threadIdx.x = reversed ? threads - 1 - i : i;
       if (self().state != State::kReady) continue;
       stuck = false;
-      swapcontext(&scheduler, &self().context);
+      go_on(self());
       done += self().state == State::kDone;
     }
     if (stuck) fail("not every thread reaches a barrier, a shuffle or a matrix product");
@@ -145,7 +159,8 @@ inline float bfloat16(uint32_t word, int half) {
 
 // c += A B by a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. Where a value lies is
 // told from its row and column, as the PTX ISA has it; the sum is truncated, as tensor cores do.
-inline void mma_m16n8k16_bf16(float* c, const uint32_t* a, const uint32_t* b) {
+[[gnu::no_sanitize_undefined]] inline void mma_m16n8k16_bf16(float* c, const uint32_t* a,
+                                                             const uint32_t* b) {
   Fiber& fiber = self();
   const unsigned turn = fiber.exchanges++ % 2;
   for (int i = 0; i < 8; ++i) fiber.fragments[turn].a[i] = bfloat16(a[i / 2], i % 2);
@@ -156,10 +171,11 @@ inline void mma_m16n8k16_bf16(float* c, const uint32_t* a, const uint32_t* b) {
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const int of_a = k / 8 * 4 + row / 8 * 2 + k % 2, of_b = k / 8 * 2 + k % 2;
-      sum += static_cast<double>(warp[row % 8 * 4 + k % 8 / 2].fragments[turn].a[of_a]) *
-             warp[column * 4 + k % 8 / 2].fragments[turn].b[of_b];
+    for (int k = 0; k < 16; k += 2) {
+      const float* of_a = &warp[row % 8 * 4 + k % 8 / 2].fragments[turn].a[k / 8 * 4 + row / 8 * 2];
+      const float* of_b = &warp[column * 4 + k % 8 / 2].fragments[turn].b[k / 8 * 2];
+      sum += static_cast<double>(of_a[0]) * of_b[0];
+      sum += static_cast<double>(of_a[1]) * of_b[1];
     }
     c[i] = static_cast<float>(sum);
     if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafterf(c[i], 0.0f);

@@ -135,9 +135,9 @@ def case(name, device, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(device, name):
-    for dtype in (torch.float32, torch.bfloat16):
-        op, args, kwargs = case(name, device, dtype)
-        torch.library.opcheck(op, args, kwargs)
+    # Of one dtype, beside which adapters keep theirs; what depends on it is the next test's.
+    op, args, kwargs = case(name, device, torch.bfloat16)
+    torch.library.opcheck(op, args, kwargs)
 
 
 def test_every_public_op_has_a_case():

@@ -38,7 +38,6 @@ def test_every_width(device, cols, dtype, elementwise):
     for m in rows:
         weight = gaussian((m, cols), dtype, device, seed=m)
         scale = torch.logspace(-4, -1, m, device=device)
-        round_trip(weight, scale, key, elementwise=elementwise)
         filled = round_trip(weight, scale, key, elementwise=elementwise, **OFFSETS)
         # Chunks are 4096 columns of a row, or whole rows that fit into 4096 elements.
         per_chunk = max(4096 // cols, 1)
@@ -222,6 +221,8 @@ def test_the_residual_is_what_the_reference_writes(implementation, device):
     """Chunk by chunk, word by word, from the implementation's own noise."""
     if implementation.folds_scale:
         pytest.skip("its e is not c z rounded once")
+    if implementation.name == "reference":
+        pytest.skip("it is what the others are held against")
     key = make_key(device)
     for dtype in DTYPES:
         for _, weight, c in worst_cases(dtype):
@@ -239,15 +240,15 @@ def test_the_residual_is_what_the_reference_writes(implementation, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_hundred_windows(device, dtype):
+def test_many_windows(implementation, device, dtype):
     weight = gaussian((3, 4500), dtype, device)
     work, residual = weight.clone(), ops.new_residual(weight)
-    for step in range(100):
+    for step in range(100 if implementation.streams else 10):
         key = make_key(device, (1, step, 0, 5))
         scale = constant(weight, 0.003 * (step % 7))
         ops.perturb_(work, scale, key, residual=residual)
         ops.restore_(work, scale, key, residual=residual)
-        if step % 33 == 0:
+        if step % 3 == 0:
             tolerances.assert_same_bits(work, weight)
     tolerances.assert_same_bits(work, weight)
 
