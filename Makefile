@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet $(addprefix --constraint=,$(CONSTRAINT
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: setup demo test test-newest constraints docs bench gpu lint format clean
+.PHONY: setup demo test test-newest sanitize constraints docs bench gpu lint format clean
 
 setup: $(VENV)/.ready
 
@@ -35,7 +35,7 @@ demo: setup
 
 # By file, because some files compile for all of their tests at once; in the order of tests/conftest.py.
 test: setup
-	@echo "About 15 minutes on two quiet cores."
+	@echo "About 10 minutes on two quiet cores."
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
 	    --no-loadscope-reorder
 
@@ -48,6 +48,10 @@ test-newest:
 	    print(*sorted(names - {'flatkern'}))")
 	.venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
 	    --no-loadscope-reorder
+
+# AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer over the C++ of the CPU kernels.
+sanitize: setup
+	$(BIN)/python -m bench.reliability.sanitize
 
 # Renews the versions that everybody tests with; run `make test` before committing them.
 constraints: setup
