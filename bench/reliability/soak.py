@@ -9,11 +9,11 @@ changed or memory grew by more than 1 % and 8 MiB.
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from tabulate import tabulate
 
@@ -49,7 +49,7 @@ def train(mode: str, restore: str, steps: int, dtype: torch.dtype) -> dict[str, 
         schedule=flatkern.cosine_ramp(steps),
     )
     tokens = torch.randint(1000, 20000, (64, SENTENCES, TOKENS))
-    own, seconds, resident = psutil.Process(), [], []
+    statm, seconds, resident = Path("/proc/self/statm"), [], []
     for step in range(steps):
         start = time.process_time()
         with noise.window():
@@ -58,7 +58,7 @@ def train(mode: str, restore: str, steps: int, dtype: torch.dtype) -> dict[str, 
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.process_time() - start)
-        resident.append(own.memory_info().rss / 2**20)
+        resident.append(int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20)
     tenth = max(1, steps // 10)
     # The first tenth begins behind the steps that allocate.
     first, last = slice(tenth // 2, tenth // 2 + tenth), slice(-tenth, None)
@@ -93,8 +93,8 @@ def main() -> int:
         f"`python -m bench.reliability.soak --steps {options.steps} --dtype {options.dtype}` on "
         f"{where['date']}: {where['cpu']}, torch {where['torch']}, one thread. MiniLM's six "
         f"layers, rank 8 on each linear layer, sigma {SIGMA} under a cosine ramp, {SENTENCES} x "
-        f"{TOKENS} tokens a step. Most resident memory and median CPU time of a step, in the first and the "
-        "last tenth."
+        f"{TOKENS} tokens a step. Most resident memory and median CPU time of a step, in the first "
+        "and the last tenth."
     )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "soak.md").write_text(f"# Soak\n\n{heading}\n\n{text}\n")
