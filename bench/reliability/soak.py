@@ -3,7 +3,8 @@
 Trains LoRA on every linear layer of the encoder with windows in both modes and with each way back
 to the clean bits, each in a process of its own. Behind all steps no frozen bit may have changed;
 memory and step times of the first and the last tenth stand beside each other. Ends with 1 if a bit
-changed or memory grew by more than 1 % and 8 MiB.
+changed or memory grew by more than 1 % and 8 MiB. Arms that are done are kept, and the same command
+goes on behind them.
 """
 
 import argparse
@@ -82,11 +83,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/soak"))
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = options.out / f"{options.dtype}-{options.steps}.json"
+    rows = json.loads(record.read_text()) if record.exists() else []
+    done = [(row["mode"], row["restore"]) for row in rows]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = []
         for arm in ARMS:
-            rows.append(pool.apply(train, (*arm, options.steps, dtype)))
-            print(rows[-1], flush=True)
+            if arm not in done:
+                rows.append(pool.apply(train, (*arm, options.steps, dtype)))
+                record.write_text(json.dumps(rows, indent=1) + "\n")
+                print(rows[-1], flush=True)
     text = tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f")
     where = conditions()
     heading = (
@@ -96,10 +102,7 @@ def main() -> int:
         f"{TOKENS} tokens a step. Most resident memory and median CPU time of a step, in the first "
         "and the last tenth."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "soak.md").write_text(f"# Soak\n\n{heading}\n\n{text}\n")
-    report = json.dumps({"conditions": where, "steps": options.steps, "rows": rows}, indent=1)
-    (options.out / "soak.json").write_text(report + "\n")
+    record.with_suffix(".md").write_text(f"# Soak\n\n{heading}\n\n{text}\n")
     print(f"\n{text}")
     grew = any(row["last MiB"] > 1.01 * row["first MiB"] + 8 for row in rows)
     return int(grew or any(row["changed bits"] or not row["finite"] for row in rows))
