@@ -541,7 +541,12 @@ def test_gradient_checkpointing_recomputes_the_same_noise():
 
 def test_autocast_and_modules_added_by_transformers():
     model = llama()
-    model.add_adapter(LoraConfig(r=4, target_modules=PROJECTIONS))
+    try:
+        model.add_adapter(LoraConfig(r=4, target_modules=PROJECTIONS))
+    except ValueError as error:  # each release of transformers says which PEFT it takes
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     noise = attach(model, SIGMA)
     clean = model(**tokens()).loss
     with noise.window(), torch.autocast("cpu", torch.bfloat16):
