@@ -36,7 +36,7 @@ demo: setup
 # By file, because some files compile for all of their tests at once; in the order of tests/conftest.py.
 test: setup
 	@echo "About 10 minutes on two quiet cores."
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
 	    --no-loadscope-reorder
 
 # The tests with the newest release of everything, also beyond pyproject.toml's ranges: a look ahead.

@@ -49,6 +49,8 @@ SCRIPTS = {
     "llama": (["--layers", "8", "--limit", "15"], 120, ("transformers", "peft")),
     "host": (["--device", "cuda"], 90, ("peft",)),
 }
+# With fewer seconds left a part is not begun.
+LEAST = 5
 Judge = Callable[[int, str], tuple[str, str]]
 
 
@@ -130,7 +132,7 @@ class Parts:
     ) -> None:
         """Run one part within its limit and what is left of the whole."""
         limit = min(limit, self.end - time.monotonic())
-        if limit < 5:
+        if limit < LEAST:
             self.skip(name, "no time left")
             return
         print(f"{name}: {' '.join(command)}", flush=True)

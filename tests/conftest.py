@@ -17,6 +17,8 @@ import torch
 import flatkern
 from flatkern import _backend
 
+# Collection makes little garbage; on again behind it.
+gc.disable()
 if _backend.TRITON_INTERPRETED:
     quick_interpreter.quicken()
 
@@ -75,7 +77,21 @@ LONGEST = (
 REQUIRED = os.environ.get("FLATKERN_TEST_REQUIRE", "reference").split(",")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_report_header():
+    absent = [each.name for each in IMPLEMENTATIONS if each.device is None]
+    return [f"flatkern: no tests of {name}: {why_unusable(name)}" for name in absent]
+
+
+def pytest_collection_modifyitems(config, items):
+    def is_absent(item):
+        chosen = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
+        return bool(chosen) and chosen.device is None and chosen.name not in REQUIRED
+
+    absent = [item for item in items if is_absent(item)]
+    config.hook.pytest_deselected(items=absent)
+    gone = set(map(id, absent))
+    items[:] = [item for item in items if id(item) not in gone]
+
     def place(item):
         path = item.path.as_posix()
         found = (i for i, name in enumerate(LONGEST) if path.endswith(f"tests/{name}"))
@@ -85,6 +101,7 @@ def pytest_collection_modifyitems(items):
     # What is imported and collected by now stays: the garbage collector need not walk it again.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def why_unusable(name):
