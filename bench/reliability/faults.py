@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -31,7 +30,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import flatkern
 from bench.reliability.injectors import ERRORS, NEVER, Injector, Lines, Ops, Timer
 from flatkern import _backend, methods
-from flatkern.integrations import peft
 from flatkern.nn import replace_linear
 from flatkern.noise import registry
 
@@ -99,10 +97,14 @@ class Subject:
             nn.LayerNorm(12), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 120), nn.Linear(120, 5)
         ).to(case.dtype)
         if case.layers == "peft":
+            from peft import LoraConfig, inject_adapter_in_model
+
+            from flatkern.integrations.peft import attach
+
             config = LoraConfig(r=2, target_modules=["1", "3", "4"], init_lora_weights=False)
             inject_adapter_in_model(config, model)
             model.to(case.dtype)
-            peft.attach(model)
+            attach(model)
         else:
             replace_linear(model, ["1", "3", "4"], r=2, init_lora_weights=False)
         if case.scope == "trainable":

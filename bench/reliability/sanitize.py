@@ -1,8 +1,9 @@
 """The C++ under gcc's sanitizers: `python -m bench.reliability.sanitize`, or `make sanitize`.
 
-The kernels of every instruction set and the decoder of residuals run as programs without torch,
-under AddressSanitizer with UndefinedBehaviorSanitizer, and in threads under ThreadSanitizer. Then
-the library is built with the first two and torch runs the tests of the CPU kernels on it. (Under
+The tests of tests/csrc run with more flags: the CPU kernels of every instruction set and the
+decoder of residuals under AddressSanitizer with UndefinedBehaviorSanitizer, and on threads under
+ThreadSanitizer; the emulated CUDA kernels under all of UndefinedBehaviorSanitizer. Then the library
+is built with the first two and torch runs the tests of the CPU kernels on it. (Under
 ThreadSanitizer torch's own thread pool, which is not instrumented, would look like races.)
 
 Prints what became of each part; ends with 1 if one failed. Nothing is kept but build/sanitize.
@@ -17,23 +18,32 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build" / "sanitize"
-CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-Wno-maybe-uninitialized", "-pthread"]
-MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-RACES = ["-fsanitize=thread", "-DFLATKERN_TEST_THREADS=4"]
-PROGRAMS = ("test_isa", "test_residual")
+MEMORY = "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# By part: the test, and what tests/csrc/compiling.py adds to its flags. Damaged residuals are of 30
+# kinds for each instruction set.
+PROGRAMS = {
+    "memory": ("tests/csrc/test_isa.py", f"{MEMORY} -DFLATKERN_TEST_DAMAGED=2000"),
+    "races": (
+        "tests/csrc/test_isa.py",
+        "-g -fsanitize=thread -DFLATKERN_TEST_THREADS=4",
+    ),
+    "cuda": (
+        "tests/csrc/test_cuda_emulated.py",
+        "-fsanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all",
+    ),
+}
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x"]
 TESTS = ("tests/ops", "tests/reliability/test_fuzz.py", "tests/reliability/test_golden.py")
 # Not the memory that a process takes: a sanitizer's own is many times as much.
 CHOSEN = "cpu and not memory and not the_process_grows and not compiled"
 
 
-def run(name: str, *command: str | Path, **environment: str) -> bool:
+def run(name: str, command: list[str], folder: Path = ROOT, **environment: str) -> bool:
     """Run one part and say what became of it."""
     begin = time.monotonic()
     done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
+        command,
+        cwd=folder,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,19 +61,9 @@ def run(name: str, *command: str | Path, **environment: str) -> bool:
     return done.returncode == 0
 
 
-def program(name: str, kind: str, flags: list[str], *arguments: str) -> bool:
-    """Build and run tests/cpp/NAME.cpp with the kernels of all instruction sets."""
-    sources = [ROOT / f"tests/cpp/{name}.cpp", *sorted((ROOT / "csrc/cpu").glob("isa_*.cpp"))]
-    built = FOLDER / f"{name}-{kind}"
-    # The portable kernels fuse where the target can, as the others do.
-    fused = ["-mfma"] if " fma " in Path("/proc/cpuinfo").read_text() else []
-    command = [CXX, *FLAGS, *fused, *flags, *sources, "-o", built]
-    return run(f"{name}, built, {kind}", *command) and run(f"{name}, {kind}", built, *arguments)
-
-
 def library() -> bool:
     """The tests of the CPU kernels on a library that was built with sanitizers."""
-    copy = FOLDER / "library"
+    copy = ROOT / "build" / "sanitize"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     for name in ("flatkern", "csrc", "tests", "bench", "setup.py", "pyproject.toml", "README.md"):
@@ -73,19 +73,17 @@ def library() -> bool:
             shutil.copytree(source, copy / name, ignore=left_out)
         else:
             shutil.copy(source, copy / name)
-    flags = " ".join([*MEMORY, "-O1", "-g"])
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    sanitized = {"CFLAGS": flags, "LDFLAGS": flags, "FLATKERN_CUDA": "0"}
-    command = ["sh", "-c", f'cd "{copy}" && exec "$@"', "sh"]
-    if not run("library, built", *command, *build, **sanitized):
+    sanitized = {"CFLAGS": MEMORY, "LDFLAGS": MEMORY, "FLATKERN_CUDA": "0"}
+    if not run("library, built", build, copy, **sanitized):
         return False
     # Exceptions are torch's to throw: its C++ library has to be there when the sanitizer starts.
     preloaded = [_library("libasan.so"), _library("libstdc++.so.6")]
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-k", CHOSEN, *TESTS]
+    tests = [*PYTEST, "-k", CHOSEN, *TESTS]
     return run(
         "library, tests",
-        *command,
-        *tests,
+        tests,
+        copy,
         LD_PRELOAD=":".join(preloaded),
         # Python keeps memory until it ends, and torch's own libraries are not built for this.
         ASAN_OPTIONS="detect_leaks=0:halt_on_error=1:alloc_dealloc_mismatch=0",
@@ -96,25 +94,22 @@ def library() -> bool:
 
 
 def _library(name: str) -> str:
-    command = [CXX, f"-print-file-name={name}"]
+    command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
     """Run every part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--damaged", type=int, default=2000, help="residuals of each of 60 kinds (default: 2000)"
-    )
-    parser.add_argument("--only", choices=("memory", "races", "library"), help="one part alone")
+    parser.add_argument("--only", choices=(*PROGRAMS, "library"), help="one part alone")
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    if shutil.which("g++") is None:
+        print("sanitize: error: needs g++", file=sys.stderr)
+        return 2
     passed = []
-    for kind, flags, damaged in (("memory", MEMORY, options.damaged), ("races", RACES, 0)):
-        if options.only in (None, kind):
-            for name in PROGRAMS:
-                arguments = [str(damaged)] if name == "test_residual" else []
-                passed.append(program(name, kind, flags, *arguments))
+    for name, (test, flags) in PROGRAMS.items():
+        if options.only in (None, name):
+            passed.append(run(name, [*PYTEST, test], FLATKERN_TEST_FLAGS=flags))
     if options.only in (None, "library"):
         passed.append(library())
     return int(not all(passed))

@@ -1,51 +1,18 @@
 // Every instruction set gives the bits of the portable kernels, compiled here with fused
 // multiply-add as the others are.
 #include <cmath>
-#include <cstdio>
-#include <random>
-#include <vector>
 
-#include "../../csrc/cpu/kernels.h"
-#include "on_threads.h"
+#include "cpu_cases.h"
 
 namespace flatkern::cpu {
 namespace {
 
-constexpr NoiseKey kKey = {0x01234567u, 0x89ABCDEFu, 5u, 0xFFFFFFFFu};
 constexpr int64_t kColumns[] = {1, 3, 4, 7, 31, 32, 33, 63, 64, 65, 1000, 4095, 4096, 4099, 8200};
 constexpr uint64_t kColumnOffsets[] = {0, 1, 2, 3, 6, (1ull << 33) + 5};
-constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
 constexpr int64_t kRows = 7;
 
-int failures = 0;
-
 void expect(bool ok, const char* what, const char* isa, int64_t cols) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s, %s, %ld columns\n", what, isa, static_cast<long>(cols));
-}
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-// Random bit patterns: NaN, infinities and denormals among them, unless tame.
-std::vector<char> random_weights(int64_t count, Dtype dtype, bool tame, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  std::vector<char> bytes(count * size_of(dtype));
-  for (int64_t i = 0; i < count; ++i) {
-    char* p = bytes.data() + i * size_of(dtype);
-    const uint32_t bits = tame ? bits_of_float(normal(generator)) : generator();
-    if (dtype == Dtype::kFloat32) {
-      memcpy(p, &bits, 4);
-    } else if (tame) {
-      const uint16_t half = dtype == Dtype::kBFloat16 ? round_to<BFloat16>(float_of_bits(bits)).bits
-                                                      : round_to<Float16>(float_of_bits(bits)).bits;
-      memcpy(p, &half, 2);
-    } else {
-      memcpy(p, &bits, 2);
-    }
-  }
-  return bytes;
+  CHECK(ok, "%s, %s, %ld columns", what, isa, static_cast<long>(cols));
 }
 
 Block block_of(int64_t cols, uint64_t col_offset) { return {kKey, kRows, cols, 7, col_offset}; }
@@ -126,8 +93,8 @@ void compare(const Kernels& k, const Kernels& base) {
              cols);
     }
     for (const Dtype from : kDtypes) {
-      const auto wild = random_weights(kRows * cols, from, false, 1);
-      const auto tame = random_weights(kRows * cols, from, true, 2);
+      const auto wild = random_weights(kRows * cols, from, true, 1);
+      const auto tame = random_weights(kRows * cols, from, false, 2);
       for (const bool elementwise : {false, true}) {
         for (const Dtype to : kDtypes) {
           const auto run = [&](const Kernels& kernels, const std::vector<char>& weight) {
@@ -150,19 +117,13 @@ void compare(const Kernels& k, const Kernels& base) {
 }
 
 int test() {
-  const Kernels& base = *portable_kernels();
-  compare(base, base);
-  std::printf("portable");
-#ifdef FLATKERN_MULTI_ISA
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512vl");
-  if (avx2) compare(*avx2_kernels(), base);
-  if (avx2) std::printf(" avx2");
-  if (avx512) compare(*avx512_kernels(), base);
-  if (avx512) std::printf(" avx512");
-#endif
-  std::printf(": %d failures\n", failures);
-  return failures != 0;
+  const std::vector<const Kernels*> all = kernels_here();
+  for (const Kernels* k : all) {
+    compare(*k, *all[0]);
+    std::printf("%s ", k->name);
+  }
+  std::printf(": %d failures\n", check::failures);
+  return check::failures != 0;
 }
 
 }  // namespace

@@ -1,50 +1,24 @@
 // Residuals of every instruction set: exact restores, the bits of the portable kernels, and a
 // decoder that takes any bytes. Built with sanitizers, it sees reads and writes out of bounds.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
+#include "cpu_cases.h"
 
-#include "../../csrc/cpu/kernels.h"
-#include "on_threads.h"
+// Damaged residuals of each kind: `make sanitize` asks for more.
+#ifndef FLATKERN_TEST_DAMAGED
+#define FLATKERN_TEST_DAMAGED 20
+#endif
 
 namespace flatkern::cpu {
 namespace {
 
-constexpr NoiseKey kKey = {0x01234567u, 0x89ABCDEFu, 5u, 0xFFFFFFFFu};
-constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
 struct Shape {
   int64_t rows, cols;
 };
 // Chunks of several rows, of one, and of a part of one; the last has several chunks a row.
 constexpr Shape kShapes[] = {{1, 1}, {7, 33}, {260, 64}, {3, 4096}, {2, 9001}};
 
-int failures = 0;
-
 void expect(bool ok, const char* what, const char* isa, Shape shape) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s, %s, %ld x %ld\n", what, isa, static_cast<long>(shape.rows),
-              static_cast<long>(shape.cols));
-}
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-// Normals of 0.05, or any bits: NaN, infinities and denormals among them.
-std::vector<char> weights(Shape shape, Dtype dtype, bool wild) {
-  std::mt19937 generator(7);
-  std::normal_distribution<float> normal(0.0f, 0.05f);
-  std::vector<char> bytes(shape.rows * shape.cols * size_of(dtype));
-  for (char* p = bytes.data(); p != bytes.data() + bytes.size(); p += size_of(dtype)) {
-    const float value = normal(generator);
-    uint32_t bits = bits_of_float(value);
-    if (dtype == Dtype::kBFloat16) bits = round_to<BFloat16>(value).bits;
-    if (dtype == Dtype::kFloat16) bits = round_to<Float16>(value).bits;
-    if (wild) bits = generator();
-    memcpy(p, &bits, size_of(dtype));
-  }
-  return bytes;
+  CHECK(ok, "%s, %s, %ld x %ld", what, isa, static_cast<long>(shape.rows),
+        static_cast<long>(shape.cols));
 }
 
 // A weight with the residual of its perturbation. The buffers end where their elements end.
@@ -62,7 +36,7 @@ struct Perturbed {
       : shape(shape),
         dtype(dtype),
         elementwise(elementwise),
-        weight(weights(shape, dtype, wild)),
+        weight(random_weights(shape.rows * shape.cols, dtype, wild, 7, 0.05f)),
         scale(shape.rows, 0.003f),
         directory(chunks().count(), 0xFFFFFFFFu),
         pool(capacity) {}
@@ -89,8 +63,8 @@ struct Perturbed {
 // All that a raw chunk can need, and some.
 uint64_t enough(Shape shape) { return 2 * shape.rows * shape.cols + 64; }
 
-void check(const Kernels& k, const Kernels& base, Shape shape, Dtype dtype, bool elementwise,
-           bool wild) {
+void compare(const Kernels& k, const Kernels& base, Shape shape, Dtype dtype, bool elementwise,
+             bool wild) {
   Perturbed ours(shape, dtype, elementwise, wild, enough(shape));
   Perturbed theirs = ours;
   const std::vector<char> before = ours.weight;
@@ -113,12 +87,12 @@ void check(const Kernels& k, const Kernels& base, Shape shape, Dtype dtype, bool
 }
 
 // Restores of what was damaged: whatever comes out, nothing else is read or written.
-void damage(const Kernels& k, Shape shape, Dtype dtype, bool elementwise, int rounds) {
+void damage(const Kernels& k, Shape shape, Dtype dtype, bool elementwise) {
   std::mt19937 generator(11);
   Perturbed filled(shape, dtype, elementwise, false, enough(shape));
   filled.run(k.perturb_residual);
   filled.pool.resize(static_cast<size_t>(filled.asked));
-  for (int round = 0; round < rounds; ++round) {
+  for (int round = 0; round < FLATKERN_TEST_DAMAGED; ++round) {
     Perturbed damaged = filled;
     for (unsigned n = 1 + generator() % 4; n != 0; --n) {
       // The directory and a payload's first words decide what is read.
@@ -131,33 +105,28 @@ void damage(const Kernels& k, Shape shape, Dtype dtype, bool elementwise, int ro
   }
 }
 
-int test(int rounds) {
-  const Kernels& base = *portable_kernels();
-  std::vector<const Kernels*> all = {&base};
-#ifdef FLATKERN_MULTI_ISA
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2) all.push_back(avx2_kernels());
-  if (avx2 && __builtin_cpu_supports("avx512vl")) all.push_back(avx512_kernels());
-#endif
+int test() {
+  const std::vector<const Kernels*> all = kernels_here();
   int64_t damaged = 0;
   for (const Kernels* k : all) {
     for (const Shape shape : kShapes) {
       for (const Dtype dtype : kDtypes) {
         for (const bool elementwise : {false, true}) {
-          for (const bool wild : {false, true}) check(*k, base, shape, dtype, elementwise, wild);
-          damage(*k, shape, dtype, elementwise, rounds);
-          damaged += rounds;
+          for (const bool wild : {false, true})
+            compare(*k, *all[0], shape, dtype, elementwise, wild);
+          damage(*k, shape, dtype, elementwise);
+          damaged += FLATKERN_TEST_DAMAGED;
         }
       }
     }
     std::printf("%s ", k->name);
   }
-  std::printf(": %ld damaged residuals, %d failures\n", static_cast<long>(damaged), failures);
-  return failures != 0;
+  std::printf(": %ld damaged residuals, %d failures\n", static_cast<long>(damaged),
+              check::failures);
+  return check::failures != 0;
 }
 
 }  // namespace
 }  // namespace flatkern::cpu
 
-// How many damaged residuals of each kind: 20 unless named.
-int main(int argc, char** argv) { return flatkern::cpu::test(argc > 1 ? atoi(argv[1]) : 20); }
+int main() { return flatkern::cpu::test(); }

@@ -6,16 +6,13 @@ word for word, and their header the one that `flatkern.ops` reads.
 
 import ctypes
 import math
-import os
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tolerances
 import torch
+from compiling import CPP, CUDA, CUDA_FLAGS, compile_all, folder_of, link
 from residuals import GRID, PACKED, RAW, gaussian, parse
-from test_cuda_emulated import CPP, CUDA, FLAGS, compile_object, objects_folder
 
 from flatkern.ops import _residual
 from flatkern.reference import header
@@ -33,13 +30,11 @@ PERTURB, PERTURB_RESIDUAL, RESTORE_RESIDUAL = range(3)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = objects_folder(tmp_path_factory)
+    folder = folder_of(tmp_path_factory)
     names = ("perturb", "residual", "perturb_residual", "restore_residual")
     sources = [CPP / "cuda_residual.cpp", *(CUDA / f"{name}.cu" for name in names)]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda source: compile_object(source, folder, FLAGS), sources))
-    target = folder / "residual.so"
-    subprocess.run(["g++", "-shared", "-fsanitize=undefined", *objects, "-o", target], check=True)
+    objects = compile_all(sources, CUDA_FLAGS, folder)
+    target = link(objects, folder / "residual.so", "-shared", "-fsanitize=undefined")
     return ctypes.CDLL(target).run_emulated
 
 

@@ -84,7 +84,7 @@ def test_gradients_from_before_do_not_count(case):
 
 
 @every_case
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["loss", "backward", "optimizer"])
 def test_an_error_leaves_clean_weights_and_no_gradients(monkeypatch, case, error, where):
     model = make_model()
@@ -249,8 +249,10 @@ def test_with_it_it_is_not(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_it_descends_and_frozen_weights_stay(case, dtype):
     model = make_model(dtype)
-    # One random direction at a time needs more and smaller steps.
+    # One random direction at a time needs more and smaller steps; EntropySGD's weights go only
+    # a part of its walk.
     steps, lr = (6, 1e-2) if case.backward else (12, 2e-3)
+    steps *= 2 if case.type is EntropySGD else 1
     method = case(model, sgd(model, lr=lr))
     before = frozen(model)
     batches = make_batches(2, dtype)
@@ -262,8 +264,7 @@ def test_it_descends_and_frozen_weights_stay(case, dtype):
     start = clean_loss()
     for _ in range(steps):
         method.step(loss_fn_of(model), batches)
-    # EntropySGD's walk moves the weights by a part of each step.
-    assert clean_loss() < (0.9 if case.type is EntropySGD else 0.8) * start
+    assert clean_loss() < 0.8 * start
     assert_left_clean(model, before)
 
 

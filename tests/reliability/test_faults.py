@@ -26,6 +26,8 @@ SAMPLE = [
     faults.Case(torch.float32, "inplace", "snapshot", "trainable", "open"),
     faults.Case(torch.float16, "inplace", "host", "merged", "saved"),
     faults.Case(torch.float64, "inplace", "residual", "merged", "batches"),
+    faults.Case(torch.bfloat16, "inplace", work="two windows"),
+    faults.Case(torch.float32, "virtual", layers="peft"),
     faults.Case(torch.float32, method="SAM"),
     faults.Case(torch.bfloat16, method="ARWP"),
     faults.Case(torch.float32, method="MixedRWP"),
@@ -42,6 +44,8 @@ def quiet(threads):
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: "-".join(map(str, case)))
 def test_nothing_is_lost(case):
+    if case.layers == "peft":
+        pytest.importorskip("peft", reason="peft is not installed")
     harness, chance, raised = faults.Harness(), random.Random(5), 0
     for kind in ("line", "op", "behind an op"):
         for error in faults.ERRORS:

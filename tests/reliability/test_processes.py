@@ -8,6 +8,7 @@ import time
 import pytest
 import tolerances
 import torch
+import torch.multiprocessing
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,13 +18,20 @@ from flatkern.nn import load_adapter, replace_linear, save_adapter
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 STEPS = 24
-modes = pytest.mark.parametrize("mode", ["virtual", "inplace"])
+MODES = ("virtual", "inplace")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads do not survive a fork."""
-    threads(1)
+def in_new_process(function, *arguments):
+    """In each mode, where no thread has run, autograd's among them: they do not survive a fork."""
+    torch.multiprocessing.start_processes(
+        in_each_mode, (function, *arguments), nprocs=1, start_method="spawn"
+    )
+
+
+def in_each_mode(_rank, function, *arguments):
+    torch.set_num_threads(1)
+    for mode in MODES:
+        function(mode, *arguments)
 
 
 def make(mode):
@@ -66,9 +74,12 @@ def train_and_save(mode, folder):
     signal.pause()
 
 
-@modes
-def test_a_killed_run_goes_on_with_the_bits_of_one_that_was_not(mode, tmp_path):
+def test_a_killed_run_goes_on_with_the_bits_of_one_that_was_not(tmp_path):
     """Whenever it is killed: in a window, between two steps, while the adapter is written."""
+    in_new_process(kill_and_go_on, tmp_path)
+
+
+def kill_and_go_on(mode, tmp_path):
     model, noise, optimizer = make(mode)
     states, remembered = [], []
     for number in range(STEPS):
@@ -78,11 +89,12 @@ def test_a_killed_run_goes_on_with_the_bits_of_one_that_was_not(mode, tmp_path):
     assert all(value.isfinite().all() for value in states[-1].values())
 
     for attempt in range(3):
-        folder = tmp_path / str(attempt)
+        folder = tmp_path / f"{mode}-{attempt}"
         child = FORK.Process(target=train_and_save, args=(mode, folder))
         child.start()
         deadline = time.monotonic() + 60
         while not folder.is_dir() or not any(folder.glob("*.safetensors")):
+            assert child.is_alive()
             assert time.monotonic() < deadline, "nothing was saved"
             time.sleep(0.001)
         time.sleep(0.004 * attempt)
@@ -102,8 +114,11 @@ def same(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@modes
-def test_both_sides_of_a_fork_close_their_window(mode):
+def test_both_sides_of_a_fork_close_their_window():
+    in_new_process(fork_in_a_window)
+
+
+def fork_in_a_window(mode):
     model, noise, optimizer = make(mode)
     before = copies(model)
     expected = step(*make(mode), batch(0))
@@ -125,9 +140,10 @@ def test_both_sides_of_a_fork_close_their_window(mode):
     assert_state(model, before)
 
 
-@modes
-def test_workers_of_a_data_loader_start_and_end_inside_a_window(mode):
+@pytest.mark.parametrize("mode", MODES)
+def test_workers_of_a_data_loader_start_and_end_inside_a_window(mode, threads):
     """Forked while the weights are noisy, they end without touching them."""
+    threads(1)
     data = TensorDataset(torch.stack([batch(number) for number in range(4)]))
     losses = []
     for workers in (0, 2):
