@@ -83,9 +83,18 @@ def wide_bytes(lines: list[Line]) -> int:
 
 
 def hot_part(lines: list[Line]) -> tuple[list[Line], bool]:
-    """The smallest loop that holds wide stores, or everything; and whether it is a loop."""
+    """Of the innermost loops with wide stores the one that stores most; or everything.
+
+    And whether it is a loop: others are of what is left over where that one has been.
+    """
     storing = [loop for loop in loops(lines) if wide_bytes(loop)]
-    return (min(storing, key=count), True) if storing else (lines, False)
+    places = [set(map(id, loop)) for loop in storing]
+    inner = [
+        loop
+        for loop, own in zip(storing, places, strict=True)
+        if not any(other < own for other in places)
+    ]
+    return (max(inner, key=wide_bytes), True) if inner else (lines, False)
 
 
 def hot_path(lines: list[Line]) -> list[Line]:
@@ -279,8 +288,8 @@ def main() -> None:
 
 Made by `python -m bench.sass` without a GPU: {heading}.
 
-Static instructions of the smallest SASS loop that holds the stores of 128 bits or more (of the
-whole kernel, where no loop does), over the elements that those store. Loads, stores (count x bits)
+Static instructions of the innermost SASS loop that holds most stores of 128 bits or more (of the
+whole kernel, where none does), over the elements that those store. Loads, stores (count x bits)
 and accesses to shared memory are of the same part, registers and spills of the whole kernel. Path,
 where no loop does: the instructions on the way that makes all noise, stores all vectors and
 otherwise touches global memory least, which most warps take. Of the CUDA `row_norm_kernel`, which

@@ -221,18 +221,16 @@ def _fill(
     row_mask = row < rows
     if ALIGNED:
         out += row * (cols // 4 * 4) + begin
-        whole = last // (span * UNROLL)
-        for i in range(whole):
+        done = last // (span * UNROLL) * UNROLL
+        for i in range(done // UNROLL):
             for u in tl.static_range(UNROLL):
                 _store_tile(
                     out, state, first_group, i * UNROLL + u, row_mask, ROWS, VECTORS, UNIFORM
                 )
-        for u in tl.static_range(UNROLL):
-            tile = whole * UNROLL + u
-            if tile * span < last:
-                # Cut between vectors, which keeps the stores wide.
-                mask = row_mask & ((tile * span + column) // 4 < last // 4)
-                _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS, UNIFORM)
+        for tile in range(done, (last + span - 1) // span):
+            # Cut between vectors, which keeps the stores wide.
+            mask = row_mask & ((tile * span + column) // 4 < last // 4)
+            _store_tile(out, state, first_group, tile, mask, ROWS, VECTORS, UNIFORM)
     else:
         out += row * cols + (begin - shift)
         for tile in range((last + span - 1) // span):

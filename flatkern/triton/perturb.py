@@ -93,8 +93,8 @@ def perturb_rows(
     `block` is (out, weight, row_mask): pointers [ROWS, 1] to that column; `weight` must be readable
     in every row, `out` is written where `row_mask` is set. `noise` is (philox_row's state, that
     first group, scale, after). ALIGNED promises that `first` is 0, `last` a multiple of WIDTH and
-    every row aligned: then ordinary rows take whole vectors, in a loop without column masks and at
-    most UNROLL tiles with. All paths give the same bits.
+    every row aligned: then ordinary rows take whole vectors, UNROLL tiles at once without column
+    masks and what is left over one by one. All paths give the same bits.
     """
     column = tl.arange(0, VECTORS * WIDTH)[None, :]
     span: tl.constexpr = VECTORS * WIDTH
@@ -110,14 +110,12 @@ def perturb_rows(
                 _perturb_tile(
                     block, noise, tile, None, False, ROWS, VECTORS, WIDTH, ELEMENTWISE, RESTORE
                 )
-        for u in tl.static_range(UNROLL):
-            tile = whole * UNROLL + u
-            if tile < done:
-                # Cut between vectors, which keeps the accesses wide.
-                mask = (tile * span + column) // WIDTH < last // WIDTH
-                _perturb_tile(
-                    block, noise, tile, mask, False, ROWS, VECTORS, WIDTH, ELEMENTWISE, RESTORE
-                )
+        for tile in range(whole * UNROLL, done):
+            # Cut between vectors, which keeps the accesses wide.
+            mask = (tile * span + column) // WIDTH < last // WIDTH
+            _perturb_tile(
+                block, noise, tile, mask, False, ROWS, VECTORS, WIDTH, ELEMENTWISE, RESTORE
+            )
     for tile in range(done, tiles):
         j = tile * span + column
         mask = (j >= first) & (j < last)

@@ -32,7 +32,16 @@ SASS = """
 """
 
 
-def test_the_hot_part_is_the_smallest_loop_with_wide_stores():
+def test_the_hot_part_is_the_innermost_loop_with_most_wide_stores():
+    wide = "STG.E.128 desc[UR4][R2.64], R4"
+    inner = [".L_x_1:", wide, wide, "@BRA `(.L_x_1)"]
+    rest = [".L_x_2:", wide, "@BRA `(.L_x_2)"]
+    hot, is_loop = sass.hot_part(lines_of(".L_x_0:", *inner, *rest, "@BRA `(.L_x_0)", "EXIT"))
+    assert is_loop
+    assert [line.text for line in hot if line.text] == [wide, wide, "BRA `(.L_x_1)"]
+
+
+def test_the_hot_part_of_what_is_disassembled():
     (lines,) = sass.parse(SASS).values()
     assert sass.count(lines) == 9
     hot, is_loop = sass.hot_part(lines)

@@ -101,12 +101,12 @@ def test_one_compilation_for_any_number_of_tokens(mode):
 
 
 def test_the_recipe_for_a_whole_step():
-    # docs/graphs.md. Inductor generates code once, for the mode whose ops it has to call; without
-    # a GPU there are no graphs in it.
+    # docs/graphs.md. Inductor generates code once, for the mode whose ops it has to call and for
+    # two layers, because each kernel takes seconds to compile; without a GPU there are no graphs.
     losses = []
     for compile_it in (True, False):
         torch.manual_seed(0)
-        model = make_model()
+        model = make_model(targets=TWO)[1:4]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.1)
         noise = flatkern.WeightNoise(model, 0.4)
