@@ -83,9 +83,9 @@ def wide_bytes(lines: list[Line]) -> int:
 
 
 def hot_part(lines: list[Line]) -> tuple[list[Line], bool]:
-    """Of the innermost loops with wide stores the one that stores most; or everything.
+    """Of the innermost loops with wide stores the one that stores most; and True.
 
-    And whether it is a loop: others are of what is left over where that one has been.
+    A loop that stores less takes what is left over. Without any: all lines, and False.
     """
     storing = [loop for loop in loops(lines) if wide_bytes(loop)]
     places = [set(map(id, loop)) for loop in storing]

@@ -23,10 +23,7 @@ MEMORY = "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # kinds for each instruction set.
 PROGRAMS = {
     "memory": ("tests/csrc/test_isa.py", f"{MEMORY} -DFLATKERN_TEST_DAMAGED=2000"),
-    "races": (
-        "tests/csrc/test_isa.py",
-        "-g -fsanitize=thread -DFLATKERN_TEST_THREADS=4",
-    ),
+    "races": ("tests/csrc/test_isa.py", "-g -fsanitize=thread -DFLATKERN_TEST_THREADS=4"),
     "cuda": (
         "tests/csrc/test_cuda_emulated.py",
         "-fsanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all",

@@ -34,6 +34,7 @@ CUDA_FLAGS = [
     "-Wno-unknown-pragmas",
     *MORE,
 ]
+STANDARD = ("algorithm", "cmath", "deque", "functional", "memory", "random", "string", "vector")
 
 
 def _fused() -> list[str]:
@@ -41,10 +42,6 @@ def _fused() -> list[str]:
     cpuinfo = Path("/proc/cpuinfo")
     return ["-mfma"] if cpuinfo.exists() and " fma " in cpuinfo.read_text() else []
 
-
-# What the emulated sources include and take longer to parse than themselves: parsed once for all.
-STANDARD = ("algorithm", "cmath", "deque", "functional", "memory", "random", "string", "vector")
-PARSED_ONCE = "".join(f"#include <{name}>\n" for name in STANDARD)
 
 # -O1 takes half as long as -O3.
 CPU_FLAGS = [
@@ -69,20 +66,21 @@ def folder_of(tmp_path_factory) -> Path:
 
 def compile_all(sources: list[Path], flags: list[str], folder: Path) -> list[Path]:
     """The objects of these sources, side by side."""
-    if flags == CUDA_FLAGS:
-        flags = [*flags, "-include", str(_parsed_once(folder))]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda source: _compile(source, flags, folder), sources))
 
 
-def _parsed_once(folder: Path) -> Path:
+def compile_emulated(sources: list[Path], folder: Path) -> list[Path]:
+    """compile_all of CUDA's sources and of what calls them, which all see the standard library's
+    headers: those take longer to parse than the rest, and are parsed once.
+    """
     header = folder / "standard.h"
     with FileLock(f"{header}.lock"):
         if not header.exists():
-            header.write_text(PARSED_ONCE)
+            header.write_text("".join(f"#include <{name}>\n" for name in STANDARD))
             command = ["g++", *CUDA_FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"]
             subprocess.run(command, check=True)
-    return header
+    return compile_all(sources, [*CUDA_FLAGS, "-include", str(header)], folder)
 
 
 def _compile(source: Path, flags: list[str], folder: Path) -> Path:

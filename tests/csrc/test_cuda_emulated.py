@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from compiling import CPP, CPU, CPU_FLAGS, CUDA, CUDA_FLAGS, compile_all, folder_of, link
+from compiling import CPP, CPU, CPU_FLAGS, CUDA, compile_all, compile_emulated, folder_of, link
 
 PROGRAMS = tuple(f"test_cuda{part}" for part in ("", "_plane", "_foreach", "_rows", "_launch"))
 
@@ -20,7 +20,7 @@ def programs(tmp_path_factory):
     folder = folder_of(tmp_path_factory)
     kernels = [source for source in sorted(CUDA.glob("*.cu")) if "residual" not in source.name]
     tests = [CPP / f"{name}.cpp" for name in PROGRAMS]
-    built = compile_all([*kernels, *tests], CUDA_FLAGS, folder)
+    built = compile_emulated([*kernels, *tests], folder)
     shared = [*built[: len(kernels)], *compile_all([CPU / "isa_portable.cpp"], CPU_FLAGS, folder)]
     for name, test in zip(PROGRAMS, built[len(kernels) :], strict=True):
         link([test, *shared], folder / name, "-fsanitize=undefined")

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import tolerances
 import torch
-from compiling import CPP, CUDA, CUDA_FLAGS, compile_all, folder_of, link
+from compiling import CPP, CUDA, compile_emulated, folder_of, link
 from residuals import GRID, PACKED, RAW, gaussian, parse
 
 from flatkern.ops import _residual
@@ -33,7 +33,7 @@ def library(tmp_path_factory):
     folder = folder_of(tmp_path_factory)
     names = ("perturb", "residual", "perturb_residual", "restore_residual")
     sources = [CPP / "cuda_residual.cpp", *(CUDA / f"{name}.cu" for name in names)]
-    objects = compile_all(sources, CUDA_FLAGS, folder)
+    objects = compile_emulated(sources, folder)
     target = link(objects, folder / "residual.so", "-shared", "-fsanitize=undefined")
     return ctypes.CDLL(target).run_emulated
 
