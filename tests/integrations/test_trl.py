@@ -7,14 +7,12 @@ pytest.importorskip("trl", reason="trl is not installed")
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from every_method import EVERY
 from peft import LoraConfig
 from tiny import adapted, bits, llama, same_bits, tokens
-from tiny_trainer import batches_of, items
+from tiny_trainer import PEFT_METHODS, batches_of, items
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from flatkern.integrations.peft import attach
 from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
 from flatkern.methods import SAM
 
@@ -104,21 +102,12 @@ def test_sam_s_two_passes(tmp_path):
     assert changed == {k for k in before if "lora_" in k}
 
 
-def flat_lora(model, *args, **kwargs):
-    """The method's noise is that of layers, which PEFT's are once attached."""
-    attach(model)
-    return EVERY["FlatLoRA"](model, *args, **kwargs)
-
-
-METHODS = {**EVERY, "FlatLoRA": flat_lora}
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PEFT_METHODS)
 def test_training_is_the_method_s_own(tmp_path, name):
     """Under TRL's recomputed activations, as by hand without them."""
     options = {"max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant"}
     options |= {"learning_rate": 0.1, "max_grad_norm": 1.0}
-    trainer = trainer_of(tmp_path, llama(), MethodTrainer, method=METHODS[name], **options)
+    trainer = trainer_of(tmp_path, llama(), MethodTrainer, method=PEFT_METHODS[name], **options)
     model, order = trainer.model, batches_of(trainer)
     # Not a copy, whose forward TRL has bound to the model itself.
     twin, before = adapted(ADAPTER, spread=False), bits(model)
@@ -126,7 +115,7 @@ def test_training_is_the_method_s_own(tmp_path, name):
     trainer.train()
     order = order[:3]  # one more is read ahead
     trained = [p for p in twin.parameters() if p.requires_grad]
-    by_hand = METHODS[name](twin.train(), torch.optim.SGD(trained, lr=0.1), max_grad_norm=1.0)
+    by_hand = PEFT_METHODS[name](twin.train(), torch.optim.SGD(trained, lr=0.1), max_grad_norm=1.0)
     count = items(trainer, order)
 
     def loss_fn(batch):

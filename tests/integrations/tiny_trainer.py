@@ -1,7 +1,10 @@
 """transformers' Trainer on the tiny models: short runs with accumulation and a short last group."""
 
+from every_method import EVERY
 from tiny import tokens
 from transformers import Trainer, TrainingArguments
+
+from flatkern.integrations.peft import attach
 
 SIGMA = 0.3
 ACCUMULATION = 3
@@ -12,6 +15,15 @@ MODES = ("virtual", "inplace")
 def dataset(count=EXAMPLES):
     data = tokens(count)
     return [{name: value[i] for name, value in data.items()} for i in range(count)]
+
+
+def flat_lora(model, *args, **kwargs):
+    """The method's noise is that of layers, which PEFT's are once attached."""
+    attach(model)
+    return EVERY["FlatLoRA"](model, *args, **kwargs)
+
+
+PEFT_METHODS = {**EVERY, "FlatLoRA": flat_lora}
 
 
 def trainer_of(folder, model, flat=None, callbacks=(), kind=Trainer, **options):
