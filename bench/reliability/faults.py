@@ -10,9 +10,11 @@ Prints one line for each kind of fault, and what broke; ends with 1 if something
 """
 
 import argparse
+import functools
 import itertools
 import random
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -77,14 +79,62 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Windows over dtypes, modes, restores and scopes; every method; PEFT's layers."""
+    """Windows over dtypes, modes, restores and scopes; methods; PEFT's layers; Trainers."""
     modes = ("virtual", "inplace")
     kinds = itertools.product(DTYPES, modes, RESTORES, SCOPES, WORKS)
     windows = [Case(*kind) for kind in kinds]
     kinds = itertools.product(DTYPES[:2], modes, RESTORES[:2], SCOPES[:3], WORKS)
     windows += [Case(*kind, layers="peft") for kind in kinds]
+    kinds = itertools.product(DTYPES[:2], SCOPES[:2], WORKS)
+    windows += [Case(d, scope=s, work=w, layers="quantised") for d, s, w in kinds]
+    kinds = itertools.product(modes, RESTORES, ("peft", "quantised"))
+    kinds = [kind for kind in kinds if kind[0] == "virtual" or kind[2] == "peft"]
+    windows += [Case(DTYPES[0], m, r, work="trainer", layers=kind) for m, r, kind in kinds]
     steps = [Case(dtype, method=name) for name in METHODS for dtype in DTYPES[:2]]
-    return windows + steps + [Case(torch.float32, method=name, layers="peft") for name in METHODS]
+    for name in METHODS:
+        steps.append(Case(torch.float32, method=name, layers="peft"))
+        steps.append(Case(torch.float32, work="trainer", method=name, layers="peft"))
+    return windows + steps
+
+
+class Layers(nn.Sequential):
+    """A model for loops by hand, and for a Trainer, which wants the loss."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = super().forward(x)
+        return y if labels is None else {"loss": (y - labels).float().square().mean()}
+
+
+def make_model(case: Case) -> nn.Module:
+    model = Layers(
+        nn.LayerNorm(12), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 120), nn.Linear(120, 5)
+    ).to(case.dtype)
+    names = ["1", "3", "4"]
+    if case.layers == "own":
+        replace_linear(model, names, r=2, init_lora_weights=False)
+        return model
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from flatkern.integrations.peft import attach
+
+    if case.layers == "quantised":
+        from bitsandbytes.nn import Linear4bit
+
+        for name in names:
+            linear = getattr(model, name)
+            rows, cols = linear.weight.shape
+            layer = Linear4bit(cols, rows, compute_dtype=case.dtype, quant_type="nf4")
+            layer.load_state_dict(linear.state_dict())
+            layer.bias = linear.bias  # which bitsandbytes would cast
+            setattr(model, name, layer.to("cpu").requires_grad_(False))
+        model.is_loaded_in_4bit = True  # what PEFT goes by
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=names, init_lora_weights=False), model)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(case.dtype)
+    if case.work != "trainer" or case.method is not None:  # a callback attaches by itself
+        attach(model)
+    return model
 
 
 class Subject:
@@ -93,30 +143,17 @@ class Subject:
     def __init__(self, case: Case) -> None:
         self.case = case
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.LayerNorm(12), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 120), nn.Linear(120, 5)
-        ).to(case.dtype)
-        if case.layers == "peft":
-            from peft import LoraConfig, inject_adapter_in_model
-
-            from flatkern.integrations.peft import attach
-
-            config = LoraConfig(r=2, target_modules=["1", "3", "4"], init_lora_weights=False)
-            inject_adapter_in_model(config, model)
-            model.to(case.dtype)
-            attach(model)
-        else:
-            replace_linear(model, ["1", "3", "4"], r=2, init_lora_weights=False)
+        model = make_model(case)
         if case.scope == "trainable":
             model[1].weight.requires_grad_(True)
         self.model = model
         self.x = [torch.randn(4, 12).to(case.dtype) for _ in range(2)]
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.SGD(weights, lr=0.05)
+        self.optimizer = self.new_optimizer()
         self.stepping = False
-        self.optimizer.register_step_pre_hook(self._note_step)
         self.noise = self.method = None
-        if case.method is None:
+        if case.work == "trainer":
+            self.owners = []
+        elif case.method is None:
             options = {"mode": case.mode, "restore": case.restore, "scope": case.scope}
             parts = [model[:3], model[3:]] if case.work == "two windows" else [model]
             self.owners = [flatkern.WeightNoise(part, 0.2, seed=7, **options) for part in parts]
@@ -127,8 +164,17 @@ class Subject:
             self.owners = [self.method]
         self.remembered = [owner.state_dict() for owner in self.owners]
         self.before = {name: w.detach().clone() for name, w in model.named_parameters()}
+        if case.work == "trainer":
+            self.run()  # Trainers leave a mark of their own on a model.
         self.attributes = {m: (set(vars(m)), _hooks(m)) for m in model.modules()}
         self.expected = self.run()
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """One without a memory, which tells when it steps."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.SGD(weights, lr=0.05)
+        optimizer.register_step_pre_hook(self._note_step)
+        return optimizer
 
     def _note_step(self, *_: Any) -> None:
         self.stepping = True
@@ -138,6 +184,9 @@ class Subject:
 
     def step(self) -> None:
         """Forwards and backwards in a window, then the optimizer."""
+        if self.case.work == "trainer":
+            self.train()
+            return
         if self.method is not None:
             self.method.step(self.loss, self.x)
             return
@@ -162,9 +211,45 @@ class Subject:
                     self.loss(self.x[1]).backward()
                 elif work == "saved":
                     state = self.model.state_dict()
-                    for name, value in state.items():
+                    for name in self.before:  # of quantised weights there is more
+                        value = state[name]
                         require(_same(value, self.before[name]), f"state_dict of {name} is noisy")
         self.optimizer.step()
+
+    def train(self) -> None:
+        """Two steps of two micro-batches in a Trainer, made for them."""
+        from transformers import PrinterCallback, Trainer, TrainingArguments
+
+        from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
+
+        case = self.case
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                num_train_epochs=1,
+                lr_scheduler_type="constant",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+                remove_unused_columns=False,
+            )
+            examples = [{"x": x, "labels": torch.zeros(5)} for x in torch.cat(self.x)]
+            options = {"model": self.model, "args": arguments, "train_dataset": examples}
+            options["optimizers"] = self.new_optimizer(), None
+            if case.method is None:
+                trainer = Trainer(**options)
+                FlatLoRACallback(
+                    0.2, seed=7, mode=case.mode, restore=case.restore, schedule="constant"
+                ).add_to(trainer)
+            else:
+                kind = type("MethodTrainer", (MethodTrainerMixin, Trainer), {})
+                method = functools.partial(getattr(methods, case.method), **METHODS[case.method])
+                trainer = kind(**options, method=method)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
 
     def reset(self) -> None:
         """The values, gradients and memory of before the step; nothing else is mended."""
@@ -227,7 +312,7 @@ def _hooks(module: nn.Module) -> list[int]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
     return torch.equal(one.detach().view(integers), other.view(integers))
 
 
@@ -247,6 +332,10 @@ def process_state() -> dict[str, Any]:
         "dispatch modes": len(_get_current_dispatch_mode_stack()),
         "hooks of all modules": len(torch_module._global_forward_hooks),
     }
+
+
+# By every Trainer, at its start.
+SEEDED = ("torch's generator", "python's generator")
 
 
 def make_injector(kind: str, at: int, error: Callable[[], BaseException]) -> Injector:
@@ -306,7 +395,8 @@ class Harness:
         try:
             now = process_state()
             for name, value in now.items():
-                require(value == before[name], f"{name}: {str(value)[:80]}")
+                if name not in SEEDED or case.work != "trainer":
+                    require(value == before[name], f"{name}: {str(value)[:80]}")
             subject.check()
         except Exception as failure:  # a finding, whatever it is
             del self._subjects[case]

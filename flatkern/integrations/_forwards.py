@@ -56,11 +56,12 @@ class TrainingForwards:
         """Hook the model and its parts, down to lists of blocks, as which nobody calls it."""
         self._models.append(model)
         for module in _entrances(model):
-            before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-            after = module.register_forward_hook(self._after, always_call=True)
-            self._undo += [before.remove, after.remove]
+            before, after = module.register_forward_pre_hook, module.register_forward_hook
+            # On one line, so that no interrupt comes between a hook and its undoing.
+            self._undo.append(before(self._before, prepend=True, with_kwargs=True).remove)
+            self._undo.append(after(self._after, always_call=True).remove)
             if module.__dict__.get("_compiled_call_impl") is not None:
-                self._undo.append(self._stand_before(module))
+                self._stand_before(module)
 
     @property
     def active(self) -> bool:
@@ -71,7 +72,8 @@ class TrainingForwards:
         """Take every hook off again."""
         self.leave()
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
         self._models.clear()
 
     def leave(self) -> None:
@@ -116,7 +118,7 @@ class TrainingForwards:
         if not torch.compiler.is_compiling() and (stack := self._stack()):
             stack.pop().close()
 
-    def _stand_before(self, module: nn.Module) -> Callable[[], None]:
+    def _stand_before(self, module: nn.Module) -> None:
         """The same around a module that `Module.compile` has compiled with its hooks."""
         compiled = module._compiled_call_impl
 
@@ -127,8 +129,8 @@ class TrainingForwards:
             finally:
                 self._after(module, args, None)
 
+        self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
         module._compiled_call_impl = call
-        return lambda: setattr(module, "_compiled_call_impl", compiled)
 
     def __reduce__(self) -> Any:
         """A copy of the model has no part in the training."""

@@ -76,22 +76,22 @@ class AttentionSite(_MergedSite):
 
     def __init__(self, layer: nn.Module) -> None:
         """A layer that `why_not` accepts."""
-        layer.named_modules = self._named_modules
-        layer.state_dict = self._state_dict
         self.layer = layer
         for module, name in ((layer.base_layer, "in_proj_weight"), (self._out, "weight")):
             _put(module, name, module._parameters[name])
         # What PEFT's merge replaces.
         self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-        super().__init__(layer)
         self._projection = ProjectionSite(layer.base_layer.out_proj)
+        super().__init__(layer)
 
     @property
     def _out(self) -> nn.Module:
         return self.layer.base_layer.out_proj.base_layer
 
     def _stand_in(self) -> None:
-        self.layer.forward = self._forward
+        layer = self.layer
+        layer.forward, layer.named_modules = self._forward, self._named_modules
+        layer.state_dict = self._state_dict
 
     def _stand_back(self) -> None:
         for name in ("forward", "named_modules", "state_dict"):
@@ -111,14 +111,22 @@ class AttentionSite(_MergedSite):
                     site.holder.__dict__[site.parameter] = shown
             result = type(layer).forward(layer, *args, **kwargs)
         finally:
-            for site in sites:
-                site.in_forward = False
-            self._put_kept()
+            try:
+                self._leave_forward()
+            except BaseException:
+                # An interrupt: to the end all the same.
+                self._leave_forward()
+                raise
         window = self._window
         if window is not None and (window.noisy or window.perturbed):
             # The merged weights are the graph's own, so autograd would notice nothing.
             late_backward_guard(window.target.name, window.key)(layer, args, tree_leaves(result))
         return result
+
+    def _leave_forward(self) -> None:
+        for site in (self, self._projection):
+            site.in_forward = False
+        self._put_kept()
 
     def _merge(self, *args: Any, **kwargs: Any) -> None:
         if not (self.layer.merged or self.in_forward):
@@ -177,11 +185,8 @@ def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     own = module._parameters
     if own.get(name) is parameter and next(iter(own)) == name:
         return
-    own.pop(name, None)
-    rest = dict(own)
-    own.clear()
-    own[name] = parameter
-    own.update(rest)
+    # At once: an interrupt between two changes of `own` would lose a parameter.
+    module.__dict__["_parameters"] = {name: parameter} | {k: own[k] for k in own if k != name}
 
 
 @functools.cache

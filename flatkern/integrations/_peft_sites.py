@@ -63,7 +63,6 @@ class PeftSite(Bystander):
 
     def __init__(self, layer: nn.Module) -> None:
         """A layer that `why_not` accepts."""
-        super().__init__(layer)
         self._window: Any = None
         self._attached = True
         self.quantized = quantized.stored(layer.base_layer)
@@ -75,12 +74,14 @@ class PeftSite(Bystander):
         # By adapter: ||V|| of the open window, and what was put on the DoRA module.
         self._norms: dict[str, Tensor] = {}
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
+        # A forward of transformers' tensor parallelism, and the same around this one's.
+        self._styled: Any = layer.base_layer.__dict__.get("forward")
+        self._restyled: Any = None
+        # From here on `detach` undoes what an interrupt left of the rest.
+        super().__init__(layer)
         if self.quantized is not None:
             self.quantized.hold()
         self._kind = self.holder, type(self.weight), self.weight.dtype
-        # A forward of transformers' tensor parallelism, and the same around this one's.
-        self._styled: Any = None
-        self._restyled: Any = None
         self._stand_in()
         layer.merge, layer.unmerge = self._merge, self._unmerge
         layer.update_layer = self._update_layer
@@ -88,7 +89,6 @@ class PeftSite(Bystander):
     def _stand_in(self) -> None:
         """Replace the forward whose weight a window shows."""
         base = self.layer.base_layer
-        self._styled = base.__dict__.get("forward")
         base.forward = self._base_forward
         if self._styled is not None:
             self._restyle(base)

@@ -85,7 +85,7 @@ class NoisyRun:
         self._options = options
         self._noise: WeightNoise | None = None
         self._model: nn.Module | None = None
-        self._cleanup = contextlib.ExitStack()
+        self._attached: nn.Module | None = None
         self._without_grad = noise_without_grad
         self._forwards: TrainingForwards | None = None
         self._sigma_t: float | None = None
@@ -98,13 +98,26 @@ class NoisyRun:
 
     def finish(self) -> None:
         """Close the window and take everything off the model; harmless at any time."""
+        try:
+            self._take_off()
+        except BaseException:
+            # An interrupt: to the end all the same.
+            self._take_off()
+            raise
+
+    def _take_off(self) -> None:
+        """`finish`, which goes on where it was interrupted."""
         if self._forwards is not None:
             self._forwards.remove()
             self._forwards = None
         if self._noise is not None:
             self._noise.close()
             self._noise = None
-        self._cleanup.close()
+        if self._attached is not None:
+            from flatkern.integrations.peft import detach
+
+            detach(self._attached)
+            self._attached = None
         self._model = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,10 +133,11 @@ class NoisyRun:
         self._sigma_t = self._rise = None
         options = self._options | {"schedule": self._over(max_steps)}
         if _has_peft_layers(model):
-            from flatkern.integrations.peft import attach, detach
+            from flatkern.integrations.peft import attach, is_attached
 
+            # Before it is: an interrupt may come behind `attach`. What others attached is theirs.
+            self._attached = None if is_attached(model) else model
             self._noise = attach(model, self._sigma, **options)
-            self._cleanup.callback(detach, model)
         else:
             self._noise = WeightNoise(model, self._sigma, **options)
         self._forwards = TrainingForwards(

@@ -42,9 +42,8 @@ class FlatLoRACallback(NoisyRun, Callback):
     # A LightningModule that keeps modules in eval mode, as they come pretrained, trains them so.
     _measures, _in_eval = False, True
 
-    def finish(self) -> None:
-        """Close the window and take everything off the model; harmless at any time."""
-        super().finish()
+    def _take_off(self) -> None:
+        super()._take_off()
         self._validation.close()
 
     @functools.cached_property

@@ -73,7 +73,7 @@ def attach(
         RuntimeError: the model is attached already.
     """
     _check.kinds("peft.attach", nn.Module, model=model)
-    if _sites(model):
+    if is_attached(model):
         raise RuntimeError("peft.attach: model is attached already; call detach(model) first")
     layers = {name: m for name, m in named_modules(model) if isinstance(m, BaseTunerLayer)}
     reasons = {name: _why_not(layer) for name, layer in layers.items()}
@@ -125,6 +125,11 @@ def _why_not(layer: BaseTunerLayer) -> str | None:
     """Why no window can show the base weight of a layer, or None if one can."""
     kind = site_type(layer)
     return why_not(layer) if kind is None else kind.why_not(layer)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `attach` found layers in the model that `detach` has not left since."""
+    return bool(_sites(model))
 
 
 def detach(model: nn.Module) -> None:

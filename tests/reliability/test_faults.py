@@ -31,7 +31,10 @@ SAMPLE = [
     faults.Case(torch.float32, method="SAM"),
     faults.Case(torch.bfloat16, method="ARWP"),
     faults.Case(torch.float32, method="MixedRWP"),
+    faults.Case(torch.bfloat16, scope="all", work="batches", layers="quantised"),
+    faults.Case(torch.float32, "inplace", work="trainer", layers="peft"),
 ]
+NEEDS = {"peft": ["peft"], "quantised": ["peft", "bitsandbytes"], "trainer": ["accelerate"]}
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +47,19 @@ def quiet(threads):
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: "-".join(map(str, case)))
 def test_nothing_is_lost(case):
-    if case.layers == "peft":
-        pytest.importorskip("peft", reason="peft is not installed")
+    for package in NEEDS.get(case.layers, []) + NEEDS.get(case.work, []):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     harness, chance, raised = faults.Harness(), random.Random(5), 0
-    for kind in ("line", "op", "behind an op"):
+    # A Trainer's step takes a second with its fault.
+    kinds = ("line",) if case.work == "trainer" else ("line", "op", "behind an op")
+    for kind in kinds:
         for error in faults.ERRORS:
             at = chance.randint(1, harness.points(case, kind))
             outcome, finding = harness.strike(case, kind, at, error)
             assert finding is None, finding
             raised += outcome == "raised"
     # A step may have fewer points than the one in which they were counted.
-    assert raised > 10
+    assert raised > 3 * len(kinds)
 
 
 def make(dtype=torch.float32):
@@ -73,9 +78,9 @@ def test_an_error_in_close_leaves_no_hook(monkeypatch):
     assert not model._forward_pre_hooks
 
 
-def strike_every(run, injector_of, check):
-    """Run with a fault at each point in turn, until one comes too late."""
-    for at in range(1, 3000):
+def strike_every(run, injector_of, check, stride=1):
+    """Run with a fault at each point in turn, or each of a stride, until one comes too late."""
+    for at in range(1, 3000, stride):
         injector = injector_of(at)
         try:
             with injector:
@@ -136,6 +141,44 @@ def test_a_first_window_by_hand_interrupted(mode):
         noise = new()
 
     strike_every(run, lambda at: InStates(at, KeyboardInterrupt), check)
+
+
+class InIntegrations(Lines):
+    within = f"{PACKAGE}/integrations"
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+def test_a_callback_interrupted_at_any_line_takes_everything_off(kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from flatkern.integrations._run import NoisyRun
+    from flatkern.integrations.peft import attach, detach, is_attached
+
+    parts = {"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)}
+    model = nn.ModuleDict({"q": parts[kind]})
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q"]), model)
+    run = NoisyRun(0.3)
+
+    def marks():
+        hooks = [hook for m in model.modules() for hook in (m._forward_pre_hooks, m._forward_hooks)]
+        return [set(vars(module)) for module in model.modules()], list(map(len, hooks))
+
+    before = marks()
+
+    def train():
+        try:
+            run._begin(model, 10)
+            run.finish()
+        finally:
+            run.finish()  # as the callback does around `train`
+
+    def check():
+        assert not is_attached(model)
+        assert marks() == before
+        attach(model)
+        detach(model)
+
+    # Each line takes 20 s.
+    strike_every(train, lambda at: InIntegrations(at, KeyboardInterrupt), check, stride=7)
 
 
 class InTheReference(Lines):
