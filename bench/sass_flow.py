@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 _FUNCTION = re.compile(r"\s*\.section\s+\.text\.(\S+?),")
+_SECTION = re.compile(r"\s*\.section\s")
 _LABEL = re.compile(r"\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;")
 _TARGET = re.compile(r"BRA\b.*`\((\.L_\w+)\)")
 # Without an operand beside its target.
 _ALWAYS = re.compile(r"BRA(\.U)?\s+`\(")
+_END = re.compile(r"EXIT\b|RET\b")
 _NOISE = re.compile(r"MUFU\.(COS|SIN)")
 _FUSED = re.compile(r"FFMA|HFMA2|FMA")
 _REGISTER = re.compile(r"\bR(\d+)")
@@ -31,16 +33,15 @@ def parse(text: str) -> dict[str, list[Line]]:
     functions: dict[str, list[Line]] = {}
     lines: list[Line] | None = None
     for row in text.splitlines():
-        if match := _FUNCTION.match(row):
-            lines = functions.setdefault(match[1], [])
-        elif re.match(r"\s*\.section\s", row):
-            lines = None
-        elif lines is None:
-            continue
-        elif match := _LABEL.match(row):
-            lines.append(Line(match[1], ""))
-        elif match := _INSTRUCTION.match(row):
+        # Instructions first: they are most of a million rows.
+        if lines is not None and (match := _INSTRUCTION.match(row)):
             lines.append(Line(None, match[2], match[1] is not None))
+        elif match := _FUNCTION.match(row):
+            lines = functions.setdefault(match[1], [])
+        elif _SECTION.match(row):
+            lines = None
+        elif lines is not None and (match := _LABEL.match(row)):
+            lines.append(Line(match[1], ""))
     return functions
 
 
@@ -72,7 +73,7 @@ def successors(lines: list[Line]) -> list[list[int]]:
         to = []
         if match := _TARGET.match(line.text):
             to.append(places[match[1]])
-        elif re.match(r"EXIT\b|RET\b", line.text):
+        elif _END.match(line.text):
             to.append(len(lines))
         if not to or line.guarded or (match and not _ALWAYS.match(line.text)):
             to.append(i + 1)

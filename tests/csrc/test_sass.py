@@ -100,11 +100,10 @@ def assert_no_spills(report):
     assert (report.spills, report.spill_bytes) == (0, 0)
 
 
-# Every kernel is compiled for sm_90, which takes seconds for each; for the others every op in one
-# dtype or two. `python -m bench.sass` has them all.
+# Every kernel is compiled for sm_90, which takes seconds for each; for the others every op of a
+# training step in one dtype or two. `python -m bench.sass` has them all.
 EVERYWHERE = (
     "noise",
-    "philox_bits",
     "uniform",
     "restore_ bfloat16",
     "perturb_ bfloat16",

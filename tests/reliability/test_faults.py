@@ -178,7 +178,7 @@ def test_a_callback_interrupted_at_any_line_takes_everything_off(kind):
         detach(model)
 
     # Each line takes 20 s.
-    strike_every(train, lambda at: InIntegrations(at, KeyboardInterrupt), check, stride=7)
+    strike_every(train, lambda at: InIntegrations(at, KeyboardInterrupt), check, stride=11)
 
 
 class InTheReference(Lines):

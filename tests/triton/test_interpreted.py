@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,25 +37,23 @@ COMPOSED = (
     *("values_and_gradients", "random_problems"),
 )
 OVER_OPS = "test_foreach or test_noisy_linear"
-# Few, because each starts a Python of its own.
-SELECTIONS = {
-    "norms": (
-        ["triton/test_kernels.py", "ops/test_row_norm.py", "ops/test_perturb_merged.py"],
-        f"test_kernels or ({EVERY_OP})",
-    ),
-    "noise": (
-        [
-            *("ops/test_noise.py", "ops/test_perturb.py", "ops/test_perturb_tensors.py"),
-            *("ops/test_perturb_plane.py", "ops/test_foreach.py", "ops/test_noisy_linear.py"),
-        ],
-        f"({EVERY_OP} and not ({OVER_OPS}))"
-        f" or (triton and ({OVER_OPS}) and ({' or '.join(COMPOSED)}))",
-    ),
-}
+FILES = [
+    "triton/test_kernels.py",
+    *("ops/test_row_norm.py", "ops/test_perturb_merged.py", "ops/test_noise.py"),
+    *("ops/test_perturb.py", "ops/test_perturb_tensors.py", "ops/test_perturb_plane.py"),
+    *("ops/test_foreach.py", "ops/test_noisy_linear.py"),
+]
+CHOSEN = (
+    f"test_kernels.py or ({EVERY_OP} and not ({OVER_OPS}))"
+    f" or (triton and ({OVER_OPS}) and ({' or '.join(COMPOSED)}))"
+)
 
 
-def interpret(selection):
-    files, chosen = SELECTIONS[selection]
+FAULT = flatkern.triton.interpreter_fault() if importlib.util.find_spec("triton") else "no triton"
+
+
+@pytest.mark.skipif(FAULT is not None, reason=str(FAULT))
+def test_interpreted():
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -65,29 +62,13 @@ def interpret(selection):
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("FLATKERN_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-p", "no:hypothesispytest", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-p", "no:hypothesispytest", "-k", CHOSEN]
     # Infinities and NaN are meant; numpy warns of them.
     command += ["-W", "ignore::RuntimeWarning", "--durations=5"]
-    command += [str(TESTS / file) for file in files]
-    return subprocess.run(
+    command += [str(TESTS / file) for file in FILES]
+    run = subprocess.run(
         command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
     )
-
-
-@pytest.fixture(scope="module")
-def runs():
-    """All selections, side by side on all cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(SELECTIONS, pool.map(interpret, SELECTIONS), strict=True))
-
-
-FAULT = flatkern.triton.interpreter_fault() if importlib.util.find_spec("triton") else "no triton"
-
-
-@pytest.mark.skipif(FAULT is not None, reason=str(FAULT))
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_interpreted(runs, selection):
-    run = runs[selection]
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout, "FLATKERN_TEST_REQUIRE lets nothing of Triton skip"
