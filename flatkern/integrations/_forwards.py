@@ -70,6 +70,15 @@ class TrainingForwards:
 
     def remove(self) -> None:
         """Take every hook off again."""
+        try:
+            self._take_off()
+        except BaseException:
+            # An interrupt: to the end all the same.
+            self._take_off()
+            raise
+
+    def _take_off(self) -> None:
+        """`remove`, which goes on where it was interrupted."""
         self.leave()
         while self._undo:
             self._undo[-1]()
