@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatkern._interrupts import twice
 from flatkern.noise import WeightNoise
 
 # Forwards of activation checkpointing that keep no graph (torch's reentrant one, DeepSpeed's,
@@ -70,15 +71,9 @@ class TrainingForwards:
 
     def remove(self) -> None:
         """Take every hook off again."""
-        try:
-            self._take_off()
-        except BaseException:
-            # An interrupt: to the end all the same.
-            self._take_off()
-            raise
+        twice(self._take_off)
 
     def _take_off(self) -> None:
-        """`remove`, which goes on where it was interrupted."""
         self.leave()
         while self._undo:
             self._undo[-1]()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
+from flatkern._interrupts import twice
 from flatkern.integrations._peft_reasons import is_plain, not_plain, why_not_base, why_not_variant
 from flatkern.integrations._peft_shown import ShownSite
 from flatkern.nn.shown import noisy_part
@@ -111,12 +112,7 @@ class AttentionSite(_MergedSite):
                     site.holder.__dict__[site.parameter] = shown
             result = type(layer).forward(layer, *args, **kwargs)
         finally:
-            try:
-                self._leave_forward()
-            except BaseException:
-                # An interrupt: to the end all the same.
-                self._leave_forward()
-                raise
+            twice(self._leave_forward)
         window = self._window
         if window is not None and (window.noisy or window.perturbed):
             # The merged weights are the graph's own, so autograd would notice nothing.

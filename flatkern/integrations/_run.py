@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern._interrupts import twice
 from flatkern.integrations._forwards import TrainingForwards
 from flatkern.methods._contexts import still_statistics
 from flatkern.noise import Fisher, WeightNoise, constant, cosine_ramp, linear_ramp, lpf
@@ -98,15 +99,9 @@ class NoisyRun:
 
     def finish(self) -> None:
         """Close the window and take everything off the model; harmless at any time."""
-        try:
-            self._take_off()
-        except BaseException:
-            # An interrupt: to the end all the same.
-            self._take_off()
-            raise
+        twice(self._take_off)
 
     def _take_off(self) -> None:
-        """`finish`, which goes on where it was interrupted."""
         if self._forwards is not None:
             self._forwards.remove()
             self._forwards = None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern._interrupts import twice
 from flatkern._version import NOISE_VERSION
 from flatkern.noise import registry
 from flatkern.noise.fisher import Fisher
@@ -197,10 +198,7 @@ class WeightNoise:
         window = self._open
         if window is None:
             return
-        try:
-            self._end()
-        finally:
-            self._end()
+        twice(self._end)
         if window.advances:
             self._next_step = window.step + 1
         if window.sigma_t > 0:
@@ -226,10 +224,7 @@ class WeightNoise:
 
     def abandon(self) -> None:
         """`close` without a step: what `flatkern.close` and the end of this object do."""
-        try:
-            self._end()
-        finally:
-            self._end()
+        twice(self._end)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -100,10 +100,11 @@ def assert_no_spills(report):
     assert (report.spills, report.spill_bytes) == (0, 0)
 
 
-# Every kernel is compiled for sm_90, which takes seconds for each; for the others every op of a
-# training step in one dtype or two. `python -m bench.sass` has them all.
+# Every kernel is compiled for sm_90, which takes seconds for each; for the others every op in one
+# dtype or two. `python -m bench.sass` has them all.
 EVERYWHERE = (
     "noise",
+    "philox_bits",
     "uniform",
     "restore_ bfloat16",
     "perturb_ bfloat16",
@@ -115,17 +116,13 @@ EVERYWHERE = (
     "row_norm float32 rank 16",
     "row_norm bfloat16 rank 16",
 )
-# sm_80 has sm_90's instructions, as far as these kernels go.
-OLDEST = ("noise", "perturb_ bfloat16", "perturb_ bfloat16 unaligned", "restore_ bfloat16")
-OLDEST += ("row_norm bfloat16 rank 16",)
-WANTED = {80: OLDEST, 100: EVERYWHERE}
 
 
 def triton_wanted():
     from bench import sass_triton
 
     pairs = itertools.product(sass_triton.cases(), sass.ARCHS)
-    return [(name, arch) for name, arch in pairs if name in WANTED.get(arch, [name])]
+    return [(name, arch) for name, arch in pairs if arch == 90 or name in EVERYWHERE]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +207,7 @@ def test_triton_keeps_up_with_cuda(triton_reports, cuda_reports):
             name = f"{own[1].lower()}_ {dtypes[own[2]]}"
         else:
             continue
-        if name in WANTED.get(report.arch, [name]):
+        if report.arch == 90 or name in EVERYWHERE:
             other = triton_reports[name, report.arch]
             assert other.per_element <= 1.1 * report.per_element, report
             compared += 1
