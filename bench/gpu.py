@@ -9,10 +9,13 @@ pytest and tabulate, and peft and transformers for the last two. A part that fai
 named in the tables, the others still run, and the exit status is 1.
 
 `--rehearse` walks through all of it where no GPU is, on tiny inputs and other backends, measures
-nothing, and writes to a temporary folder only.
+nothing, and writes to a temporary folder only. Benchmarks then run in one process.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
 import os
 import platform
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +37,7 @@ from xml.etree import ElementTree
 
 import torch
 
+import flatkern
 from bench import gpu_table
 from bench.gpu_ops import BASELINES, FLATKERN, Cell, plan
 
@@ -117,11 +122,28 @@ def by_junit(report: Path) -> Judge:
     return judge
 
 
+def in_this_process(module: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit status and output of `python -m module arguments`, without its imports once more."""
+    output, before = io.StringIO(), sys.argv
+    sys.argv = [module, *arguments]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            importlib.import_module(module).main()
+            status = 0
+        except (Exception, SystemExit):
+            traceback.print_exc()
+            status = 1
+        finally:
+            sys.argv = before
+    return status, output.getvalue()
+
+
 class Parts:
     """Runs parts one after the other or side by side, and keeps what became of each."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, rehearse: bool = False) -> None:
         self.end = time.monotonic() + seconds
+        self.rehearse = rehearse
         self.done: list[dict] = []
 
     def skip(self, name: str, why: str) -> None:
@@ -138,19 +160,22 @@ class Parts:
         print(f"{name}: {' '.join(command)}", flush=True)
         begin = time.monotonic()
         try:
-            result = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **env},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=limit,
-                check=False,
-            )
-            output = result.stdout
-            status, detail = judge(result.returncode, output)
+            if self.rehearse and command[2].startswith("bench."):
+                code, output = in_this_process(command[2], command[3:])
+            else:
+                result = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **env},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    timeout=limit,
+                    check=False,
+                )
+                code, output = result.returncode, result.stdout
+            status, detail = judge(code, output)
         except subprocess.TimeoutExpired as error:
             output = (error.output or b"").decode(errors="replace")
             status, detail = "failed", f"stopped after {limit:.0f} s"
@@ -180,7 +205,7 @@ def build(parts: Parts, rehearse: bool) -> None:
 
 
 def check(parts: Parts, rehearse: bool, folder: Path) -> None:
-    """Tests and sanitizers, side by side: none of them is timed."""
+    """Tests and sanitizers, side by side: none of them is timed. One by one in a rehearsal."""
     report = folder / "tests.xml"
     tests = [PYTHON, "-m", "pytest", f"--junitxml={report}", "-p", "no:hypothesispytest"]
     required = "reference,cpu,cuda,triton"
@@ -193,7 +218,7 @@ def check(parts: Parts, rehearse: bool, folder: Path) -> None:
             # By file, because some files compile for all of their tests at once.
             tests += ["-n", str(os.cpu_count() or 1), "--dist", "loadfile"]
     exercise = [PYTHON, "-m", "bench.gpu_ops", "--exercise"]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(1 if rehearse else None) as pool:
         threads = {"OMP_NUM_THREADS": "2"}
         pool.submit(
             parts.run,
@@ -235,8 +260,6 @@ def _toolkit_sanitizer() -> str | None:
 def measure(parts: Parts, rehearse: bool, folder: Path) -> dict[Cell, dict]:
     """Outcomes of all cells; those that a broken process did not reach have failed."""
     rows = folder / "rows.jsonl"
-    # Compiling proves nothing about the GPU's half.
-    env = {"TORCHDYNAMO_DISABLE": "1"} if rehearse else {}
     groups = {backend: (backend,) for backend in FLATKERN} | {"baselines": (*BASELINES, "gemm")}
     if rehearse:
         groups = {"all": tuple(name for group in groups.values() for name in group)}
@@ -246,7 +269,7 @@ def measure(parts: Parts, rehearse: bool, folder: Path) -> dict[Cell, dict]:
             command += ["--device", "cpu", "--backend", "reference"]
         elif name in FLATKERN:
             command += ["--backend", name]
-        parts.run(f"timing {name}", [*command, "--provider", *providers], 150, **env)
+        parts.run(f"timing {name}", [*command, "--provider", *providers], 150)
     outcomes: dict[Cell, dict] = {}
     for line in rows.read_text().splitlines() if rows.is_file() else ():
         row = json.loads(line)
@@ -263,19 +286,20 @@ def script(name: str, parts: Parts, rehearse: bool, folder: Path) -> tuple[str, 
     if absent:
         parts.skip(name, f"needs {' and '.join(absent)}")
         return "not run", {}
-    env = {}
     if rehearse:
-        options, env = ["--rehearse", "--device", "cpu"], {"OMP_NUM_THREADS": "1"}
+        options = ["--rehearse", "--device", "cpu"]
     out = folder / name
-    parts.run(name, [PYTHON, "-m", f"bench.{name}", *options, "--out", str(out)], limit, **env)
+    parts.run(name, [PYTHON, "-m", f"bench.{name}", *options, "--out", str(out)], limit)
     found = [*out.glob("*.json")]
     if not found:
         return "not run", {}
     return found[0].with_suffix(".md").read_text(), json.loads(found[0].read_text())
 
 
-def conditions(device: str) -> dict[str, object]:
-    """What the numbers depend on."""
+def built(rehearse: bool) -> object:
+    """What was built, by another process than this, which imported what was there before."""
+    if rehearse:
+        return flatkern.build_info()
     info = subprocess.run(
         [PYTHON, "-c", "import json, flatkern; print(json.dumps(flatkern.build_info()))"],
         cwd=ROOT,
@@ -283,6 +307,11 @@ def conditions(device: str) -> dict[str, object]:
         text=True,
         check=False,
     )
+    return json.loads(info.stdout) if info.returncode == 0 else info.stderr[-500:]
+
+
+def conditions(device: str, rehearse: bool) -> dict[str, object]:
+    """What the numbers depend on."""
     driver = ""
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -301,7 +330,7 @@ def conditions(device: str) -> dict[str, object]:
         found["triton"] = triton.__version__
     except ImportError:
         found["triton"] = "none"
-    found["build"] = json.loads(info.stdout) if info.returncode == 0 else info.stderr[-500:]
+    found["build"] = built(rehearse)
     return found
 
 
@@ -364,14 +393,17 @@ def main() -> int:
     device = "REHEARSAL, no GPU" if args.rehearse else torch.cuda.get_device_name()
     if args.rehearse:
         print(device)
-    parts = Parts(args.seconds)
+        # Compiling proves nothing about the GPU's half.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        torch.set_num_threads(1)
+    parts = Parts(args.seconds, args.rehearse)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build(parts, args.rehearse)
         check(parts, args.rehearse, folder)
         outcomes = measure(parts, args.rehearse, folder)
         scripts = {name: script(name, parts, args.rehearse, folder) for name in SCRIPTS}
-        where = conditions(device)
+        where = conditions(device, args.rehearse)
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         target = folder / slug if args.rehearse else args.out / slug
         head = (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatkern.nn import shards
 from flatkern.ops import _check
 
 _OP = "galore_adamw"
@@ -43,7 +44,8 @@ def galore_adamw(
         options: `betas`, `weight_decay`, `eps` of `pytorch_optimizer.GaLore`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or value, or nothing to project.
+        TypeError, ValueError: an argument of the wrong kind or value, or nothing to project, or
+            sharded weights.
         ImportError: pytorch-optimizer is not installed.
     """
     _check.kinds(_OP, nn.Module, model=model)
@@ -74,6 +76,11 @@ def galore_adamw(
         raise ValueError(
             f"{_OP}: model must have trainable weights of linear layers whose shorter side is "
             f"above rank, got none above {rank}"
+        )
+    if any(map(shards.is_sharded, projected)):
+        raise ValueError(
+            f"{_OP}: model must not be sharded (FSDP, tensor parallelism): singular vectors are of "
+            "a whole gradient; DDP leaves weights whole"
         )
     low_rank = {
         "rank": rank,

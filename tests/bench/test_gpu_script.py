@@ -149,6 +149,16 @@ def test_parts_are_named_whatever_becomes_of_them(monkeypatch):
     assert got["late"] == ("not run", "no time left")
 
 
+def test_a_rehearsed_benchmark_that_fails(monkeypatch):
+    monkeypatch.setattr(step, "main", lambda: print(sys.argv[1:]) or 1 / 0)
+    parts, before = gpu.Parts(seconds=60, rehearse=True), sys.argv
+    parts.run("step", [sys.executable, "-m", "bench.step", "--rehearse"], 60)
+    assert sys.argv is before
+    assert parts.done[0]["status"] == "failed"
+    assert parts.done[0]["detail"] == "exit 1: ZeroDivisionError: division by zero"
+    assert parts.done[0]["output"].startswith("['--rehearse']")
+
+
 def test_scripts(monkeypatch, tmp_path):
     """Run as modules; without a package that one needs, it says so and nothing is run."""
     parts, commands = gpu.Parts(seconds=60), []

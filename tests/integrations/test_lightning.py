@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import flatkern
+from flatkern.integrations.galore import galore_adamw
 from flatkern.integrations.lightning import FlatLoRACallback
 from flatkern.nn import replace_linear
 
@@ -378,6 +379,27 @@ def test_a_method_makes_the_steps_of_manual_optimization(tmp_path, name):
         method.step(lambda x: (twin(x) - x).square().mean(), [batch])
     assert same_bits(bits(module.model), bits(twin))
     assert same_bits(frozen(bits(twin)), frozen(bits(network())))
+
+
+def test_galore_takes_the_steps_of_manual_optimization(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+
+    class ByGaLore(ByMethod):
+        def configure_optimizers(self):
+            return galore_adamw(self.model, lr=1e-2, rank=4)
+
+    module, twin = ByGaLore(EVERY["GSAM"]), plain()
+    module.model = plain()
+    fit(tmp_path, None, module=module, accumulate_grad_batches=1, max_epochs=1)
+    method = EVERY["GSAM"](twin, galore_adamw(twin, lr=1e-2, rank=4))
+    for batch in data(BATCHES * 2).split(2):
+        method.step(lambda x: (twin(x) - x).square().mean(), [batch])
+    assert same_bits(bits(module.model), bits(twin))
+    assert not same_bits(bits(twin), bits(plain()))
 
 
 # The scaler is the method's, and every method's in test_accelerate.py.

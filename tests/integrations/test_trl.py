@@ -13,8 +13,9 @@ from tiny_trainer import PEFT_METHODS, batches_of, items
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from flatkern.integrations.galore import galore_adamw
 from flatkern.integrations.transformers import FlatLoRACallback, MethodTrainerMixin
-from flatkern.methods import SAM
+from flatkern.methods import GSAM, SAM
 
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 
@@ -30,7 +31,8 @@ def vocabulary():
     )
 
 
-def trainer_of(folder, base, kind=SFTTrainer, method=None, **options):
+def trainer_of(folder, base, kind=SFTTrainer, adapter=ADAPTER, own=None, **options):
+    """own: further arguments of the trainer; options: of its SFTConfig."""
     rows = tokens(16)["input_ids"].clamp(max=61).tolist()
     # A fingerprint of its own: to compute one, some versions of datasets pickle all of pyarrow.
     examples = Dataset(InMemoryTable.from_pydict({"input_ids": rows}), fingerprint="tiny")
@@ -47,14 +49,13 @@ def trainer_of(folder, base, kind=SFTTrainer, method=None, **options):
         dataset_kwargs={"skip_prepare_dataset": True},
         **{"num_train_epochs": 1, **options},
     )
-    own = {} if method is None else {"method": method}
     return kind(
         model=base,
         args=arguments,
         train_dataset=examples,
         processing_class=vocabulary(),
-        peft_config=ADAPTER,
-        **own,
+        peft_config=adapter,
+        **(own or {}),
     )
 
 
@@ -94,7 +95,7 @@ def test_sam_s_two_passes(tmp_path):
             passes.append(trainer.state.global_step)
             return super().add_gradient(*args, **kwargs)
 
-    trainer = trainer_of(tmp_path, llama(), MethodTrainer, method=Counting)
+    trainer = trainer_of(tmp_path, llama(), MethodTrainer, own={"method": Counting})
     before = bits(trainer.model)
     trainer.train()
     assert passes == [0] * 6 + [1] * 6 + [2] * 4
@@ -107,7 +108,8 @@ def test_training_is_the_method_s_own(tmp_path, name):
     """Under TRL's recomputed activations, as by hand without them."""
     options = {"max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant"}
     options |= {"learning_rate": 0.1, "max_grad_norm": 1.0}
-    trainer = trainer_of(tmp_path, llama(), MethodTrainer, method=PEFT_METHODS[name], **options)
+    own = {"method": PEFT_METHODS[name]}
+    trainer = trainer_of(tmp_path, llama(), MethodTrainer, own=own, **options)
     model, order = trainer.model, batches_of(trainer)
     # Not a copy, whose forward TRL has bound to the model itself.
     twin, before = adapted(ADAPTER, spread=False), bits(model)
@@ -129,3 +131,28 @@ def test_training_is_the_method_s_own(tmp_path, name):
         else:
             assert torch.equal(value, before[key])
     assert not same_bits(after, before)
+
+
+def test_galore_as_its_optimizer(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    model, twin = llama(layers=1), llama(layers=1)
+    optimizers = [galore_adamw(each, lr=1e-2, rank=4) for each in (model, twin)]
+    own = {"method": GSAM, "optimizers": (optimizers[0], None)}
+    options = {"max_steps": 2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = trainer_of(tmp_path, model, MethodTrainer, None, own, **options)
+    order = batches_of(trainer)
+    trainer.train()
+    by_hand = GSAM(twin.train(), optimizers[1])
+    for group in order[:3], order[3:6]:
+        count = items(trainer, group)
+        by_hand.step(
+            lambda batch, count=count: twin(**batch, num_items_in_batch=count).loss * 3, group
+        )
+    moved = 0.0
+    for found, expected, start in zip(
+        *(m.parameters() for m in (model, twin, llama(layers=1))), strict=True
+    ):
+        # Adam divides by moments whose smallest elements are of rounding alone.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        moved = max(moved, (found - start).abs().max().item())
+    assert moved > 1e-3

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from importlib.util import find_spec
 
 import on_ranks
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from flatkern import methods
+from flatkern.integrations.galore import galore_adamw
 
 F64 = torch.float64
 EQUAL = {"rtol": 1e-9, "atol": 1e-12}
@@ -334,3 +336,29 @@ def what_ranks_that_share_weights_cannot(_, rank, folder):
     for wrap in (lambda model: model, fully_shard):
         with pytest.raises(ValueError, match="split must be 'halves' or 'last' without several"):
             train(make_model(F64), case, lambda step: batches_of(step, 2), wrap=wrap)
+
+
+def train_by_galore(batches, wrap):
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(F64))
+    optimizer = galore_adamw(model, lr=1e-2, rank=2, update_proj_gap=3)
+    method = methods.GSAM(model, optimizer, rho=0.3)
+    for step in range(5):
+        method.step(loss_fn_of(model), batches(step))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+if find_spec("pytorch_optimizer") is not None:
+
+    @check(ranks=(2,))
+    def galore_under_a_method(_, rank, folder):
+        found = train_by_galore(lambda step: mine(step, 2, rank, 2), ddp)
+        assert_ranks_agree(found)
+        one = train_by_galore(lambda step: batches_of(step, 4), lambda model: model)
+        # Adam divides by moments whose smallest elements are of rounding alone.
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-7)
+
+    @check(ranks=(2,))
+    def galore_of_shards_is_refused(_, rank, folder):
+        with pytest.raises(ValueError, match="model must not be sharded"):
+            train_by_galore(lambda step: mine(step, 2, rank, 2), fully_shard)
