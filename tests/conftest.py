@@ -73,8 +73,8 @@ LONGEST = (
     "csrc/test_sass.py",
 )
 
-# Names that must run: tests of others are left out where they cannot, those of these fail, so that
-# a broken build cannot pass.
+# Names that must run: there are no tests of others where they cannot, those of these fail, so that a
+# broken build cannot pass.
 REQUIRED = os.environ.get("FLATKERN_TEST_REQUIRE", "reference").split(",")
 
 
@@ -83,16 +83,7 @@ def pytest_report_header():
     return [f"flatkern: no tests of {name}: {why_unusable(name)}" for name in absent]
 
 
-def pytest_collection_modifyitems(config, items):
-    def is_absent(item):
-        chosen = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
-        return bool(chosen) and chosen.device is None and chosen.name not in REQUIRED
-
-    absent = [item for item in items if is_absent(item)]
-    config.hook.pytest_deselected(items=absent)
-    gone = set(map(id, absent))
-    items[:] = [item for item in items if id(item) not in gone]
-
+def pytest_collection_modifyitems(items):
     def place(item):
         path = item.path.as_posix()
         found = (i for i, name in enumerate(LONGEST) if path.endswith(f"tests/{name}"))
@@ -113,9 +104,12 @@ def why_unusable(name):
         return str(error)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS, ids=lambda implementation: implementation.name)
+@pytest.fixture(
+    params=[each for each in IMPLEMENTATIONS if each.device is not None or each.name in REQUIRED],
+    ids=lambda implementation: implementation.name,
+)
 def implementation(request):
-    """Each implementation that is not left out above in turn, forced with flatkern.backend."""
+    """Each implementation that can or must run here in turn, forced with flatkern.backend."""
     chosen = request.param
     if chosen.device is None:
         reason = f"{chosen.name}: {why_unusable(chosen.name)}"

@@ -29,7 +29,7 @@ class MethodTrainer(MethodTrainerMixin, Trainer):
 
 
 def lora(dropout=0.0):
-    model = llama()
+    model = llama(layers=1)
     replace_linear(model, ["q_proj", "v_proj"], r=4, lora_alpha=8, lora_dropout=dropout)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -62,7 +62,7 @@ FORWARDS = ("ES", "MeZO")
 def model_of(case):
     if case in FORWARDS:
         return lora(dropout=0.5)
-    return lora() if case in OWN else adapted()
+    return lora() if case in OWN else adapted(layers=1)
 
 
 # Under a scaler of accelerate's the newer ones: a power of two changes no bit.

@@ -109,10 +109,10 @@ def test_training_is_the_method_s_own(tmp_path, name):
     options = {"max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant"}
     options |= {"learning_rate": 0.1, "max_grad_norm": 1.0}
     own = {"method": PEFT_METHODS[name]}
-    trainer = trainer_of(tmp_path, llama(), MethodTrainer, own=own, **options)
+    trainer = trainer_of(tmp_path, llama(layers=1), MethodTrainer, own=own, **options)
     model, order = trainer.model, batches_of(trainer)
     # Not a copy, whose forward TRL has bound to the model itself.
-    twin, before = adapted(ADAPTER, spread=False), bits(model)
+    twin, before = adapted(ADAPTER, spread=False, layers=1), bits(model)
     twin.load_state_dict(model.state_dict())
     trainer.train()
     order = order[:3]  # one more is read ahead
