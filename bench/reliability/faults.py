@@ -12,6 +12,7 @@ Prints one line for each kind of fault, and what broke; ends with 1 if something
 import argparse
 import functools
 import itertools
+import logging
 import random
 import sys
 import tempfile
@@ -40,6 +41,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESTORES = ("residual", "snapshot", "host")
 SCOPES = ("merged", "all", "full", "trainable")
 WORKS = ("window", "batches", "paused", "open", "saved", "two windows")
+# Whole runs of transformers' Trainer and of Lightning's.
+TRAINERS = ("trainer", "lightning")
 INJECTORS = ("line", "op", "behind an op", "moment")
 METHODS = {
     "FlatLoRA": {},
@@ -79,7 +82,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Windows over dtypes, modes, restores and scopes; methods; PEFT's layers; Trainers."""
+    """Windows over dtypes, modes, restores and scopes; methods; PEFT's layers; two Trainers."""
     modes = ("virtual", "inplace")
     kinds = itertools.product(DTYPES, modes, RESTORES, SCOPES, WORKS)
     windows = [Case(*kind) for kind in kinds]
@@ -90,10 +93,13 @@ def cases() -> list[Case]:
     kinds = itertools.product(modes, RESTORES, ("peft", "quantised"))
     kinds = [kind for kind in kinds if kind[0] == "virtual" or kind[2] == "peft"]
     windows += [Case(DTYPES[0], m, r, work="trainer", layers=kind) for m, r, kind in kinds]
+    kinds = itertools.product(modes, RESTORES, ("own", "peft"))
+    windows += [Case(DTYPES[0], m, r, work="lightning", layers=kind) for m, r, kind in kinds]
     steps = [Case(dtype, method=name) for name in METHODS for dtype in DTYPES[:2]]
     for name in METHODS:
         steps.append(Case(torch.float32, method=name, layers="peft"))
         steps.append(Case(torch.float32, work="trainer", method=name, layers="peft"))
+        steps.append(Case(torch.float32, work="lightning", method=name))
     return windows + steps
 
 
@@ -132,7 +138,7 @@ def make_model(case: Case) -> nn.Module:
     for name, weight in model.named_parameters():
         if "lora_" in name:
             weight.data = weight.data.to(case.dtype)
-    if case.work != "trainer" or case.method is not None:  # a callback attaches by itself
+    if case.work not in TRAINERS or case.method is not None:  # a callback attaches by itself
         attach(model)
     return model
 
@@ -151,7 +157,7 @@ class Subject:
         self.optimizer = self.new_optimizer()
         self.stepping = False
         self.noise = self.method = None
-        if case.work == "trainer":
+        if case.work in TRAINERS:
             self.owners = []
         elif case.method is None:
             options = {"mode": case.mode, "restore": case.restore, "scope": case.scope}
@@ -164,7 +170,7 @@ class Subject:
             self.owners = [self.method]
         self.remembered = [owner.state_dict() for owner in self.owners]
         self.before = {name: w.detach().clone() for name, w in model.named_parameters()}
-        if case.work == "trainer":
+        if case.work in TRAINERS:
             self.run()  # Trainers leave a mark of their own on a model.
         self.attributes = {m: (set(vars(m)), _hooks(m)) for m in model.modules()}
         self.expected = self.run()
@@ -184,8 +190,8 @@ class Subject:
 
     def step(self) -> None:
         """Forwards and backwards in a window, then the optimizer."""
-        if self.case.work == "trainer":
-            self.train()
+        if self.case.work in TRAINERS:
+            self.train() if self.case.work == "trainer" else self.fit()
             return
         if self.method is not None:
             self.method.step(self.loss, self.x)
@@ -250,6 +256,54 @@ class Subject:
                 trainer = kind(**options, method=method)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
+
+    def fit(self) -> None:
+        """Two steps of a micro-batch each in Lightning's Trainer, a method's by hand."""
+        from lightning.pytorch import LightningModule, Trainer
+
+        from flatkern.integrations.lightning import FlatLoRACallback
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        subject, case = self, self.case
+
+        class Module(LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = subject.model
+                self.automatic_optimization = case.method is None
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return subject.new_optimizer()
+
+            def train_dataloader(self) -> Any:
+                return torch.utils.data.DataLoader(torch.cat(subject.x), batch_size=4)
+
+            def on_train_start(self) -> None:
+                if case.method is not None:
+                    kind = getattr(methods, case.method)
+                    optimizer = self.optimizers().optimizer
+                    self.method = kind(self.model, optimizer, **METHODS[case.method])
+
+            def training_step(self, batch: Tensor, index: int) -> Tensor | None:
+                if case.method is None:
+                    return subject.loss(batch)
+                self.method.step(subject.loss, [batch])
+                return None
+
+        callbacks = []
+        if case.method is None:
+            options = {"mode": case.mode, "restore": case.restore, "schedule": "constant"}
+            callbacks.append(FlatLoRACallback(0.2, seed=7, **options))
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module())
 
     def reset(self) -> None:
         """The values, gradients and memory of before the step; nothing else is mended."""
@@ -395,7 +449,7 @@ class Harness:
         try:
             now = process_state()
             for name, value in now.items():
-                if name not in SEEDED or case.work != "trainer":
+                if name not in SEEDED or case.work not in TRAINERS:
                     require(value == before[name], f"{name}: {str(value)[:80]}")
             subject.check()
         except Exception as failure:  # a finding, whatever it is
