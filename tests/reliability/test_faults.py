@@ -33,8 +33,10 @@ SAMPLE = [
     faults.Case(torch.float32, method="MixedRWP"),
     faults.Case(torch.bfloat16, scope="all", work="batches", layers="quantised"),
     faults.Case(torch.float32, "inplace", work="trainer", layers="peft"),
+    faults.Case(torch.float32, "inplace", work="lightning"),
 ]
 NEEDS = {"peft": ["peft"], "quantised": ["peft", "bitsandbytes"], "trainer": ["accelerate"]}
+NEEDS["lightning"] = ["lightning"]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def test_nothing_is_lost(case):
         pytest.importorskip(package, reason=f"{package} is not installed")
     harness, chance, raised = faults.Harness(), random.Random(5), 0
     # A Trainer's step takes a second with its fault.
-    kinds = ("line",) if case.work == "trainer" else ("line", "op", "behind an op")
+    kinds = ("line",) if case.work in faults.TRAINERS else ("line", "op", "behind an op")
     for kind in kinds:
         for error in faults.ERRORS:
             at = chance.randint(1, harness.points(case, kind))
