@@ -181,7 +181,6 @@ def config() -> dict[str, object]:
     return {
         "training_sentences": settings.TRAINING_SENTENCES,
         "validation_sentences": settings.VALIDATION_SENTENCES,
-        "test_sentences_per_domain": settings.TEST_SENTENCES,
         "max_tokens": model.MAX_TOKENS,
         "trained_layers": model.TRAINED_LAYERS,
         "lora": {"r": experiment.RANK, "lora_alpha": experiment.ALPHA, "target": "all-linear"},
@@ -200,8 +199,9 @@ def write_results(
     costs: list[Cost],
     runs: list[Run],
     seconds: float,
+    test_sentences: int,
 ) -> list[Path]:
-    """Write results.md and results.json; return their paths."""
+    """Write results.md and results.json; return their paths. `test_sentences` of each domain."""
     minutes = f"{seconds / 60:.1f} min on {torch.get_num_threads()} threads"
     markdown = folder / "results.md"
     markdown.write_text(
@@ -215,7 +215,7 @@ def write_results(
         "command": command,
         "seconds": round(seconds, 1),
         "versions": versions(),
-        "config": config(),
+        "config": config() | {"test_sentences_per_domain": test_sentences},
         "settings": [dataclasses.asdict(setting) for setting in used],
         "exactness": dataclasses.asdict(exact) | {"windows": certain.WINDOWS},
         "costs": [cost.row() for cost in costs],

@@ -184,7 +184,7 @@ def _compare(arguments: argparse.Namespace, start: float) -> int:
     progress.close()
     seconds = time.perf_counter() - start
     command = _command(arguments)
-    paths = report.write_results(arguments.out, command, used, exact, costs, runs, seconds)
+    paths = report.write_results(arguments.out, command, used, exact, costs, runs, seconds, tests)
     for name, plot in (("radius.png", plots.plot_radius), ("curves.png", plots.plot_curves)):
         plot(runs, arguments.out / name)
         paths.append(arguments.out / name)

@@ -171,6 +171,7 @@ def test_the_command_writes_table_record_and_pictures(
     arms = [entry["recipe"]["arm"] for entry in record["runs"]]
     assert arms == ["LoRA", "Flat-LoRA", "LoRA + dropout"] * 2
     assert record["command"] == "flatkern demo --seeds 2"
+    assert record["config"]["test_sentences_per_domain"] == settings.QUICK_TEST_SENTENCES == 10
     assert record["exactness"]["changed"] == 0 < record["exactness"]["published_changed"]
     # The bits and the cost come first; how far the demo is, to whom has no terminal.
     assert out.index("time x LoRA") < out.index("accuracy %")
