@@ -73,8 +73,8 @@ LONGEST = (
     "csrc/test_sass.py",
 )
 
-# Names that must run: there are no tests of others where they cannot, those of these fail, so that a
-# broken build cannot pass.
+# Names that must run: where they cannot, their tests fail, so that a broken build cannot pass; of
+# others there are none.
 REQUIRED = os.environ.get("FLATKERN_TEST_REQUIRE", "reference").split(",")
 
 
