@@ -140,7 +140,7 @@ def test_as_the_trainer_s_optimizer(tmp_path):
     pytest.importorskip("peft", reason="tiny needs it")
     from tiny import bits, llama, same_bits
     from tiny_trainer import batches_of as batches_seen
-    from tiny_trainer import items, trainer_of
+    from tiny_trainer import steps_by_hand, trainer_of
     from transformers import Trainer
 
     from flatkern.integrations.transformers import MethodTrainerMixin
@@ -156,10 +156,6 @@ def test_as_the_trainer_s_optimizer(tmp_path):
     order = batches_seen(trainer)
     trainer.train()
     by_hand = GSAM(twin.train(), optimizers[1])
-    for group in order[:3], order[3:6]:
-        count = items(trainer, group)
-        by_hand.step(
-            lambda batch, count=count: twin(**batch, num_items_in_batch=count).loss * 3, group
-        )
+    steps_by_hand(by_hand, twin, trainer, order, (3, 3))
     assert same_bits(bits(model), bits(twin))
     assert not same_bits(bits(model), bits(llama(layers=1)))

@@ -10,7 +10,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from every_method import EVERY, NEWER
 from tiny import adapted, bits, llama, same_bits
-from tiny_trainer import batches_of, items, trainer_of
+from tiny_trainer import batches_of, steps_by_hand, trainer_of
 from transformers import Trainer
 
 from flatkern import methods
@@ -81,16 +81,7 @@ def test_training_is_the_method_s_own(tmp_path, case, scale):
     assert len(order) == 8
     optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=LR)
     by_hand = method(twin.train(), optimizer, max_grad_norm=CLIP)
-    losses = []
-    for size in (3, 3, 2):
-        group, order = order[:size], order[size:]
-        # The mean over the tokens of all micro-batches, as the Trainer takes it.
-        count = items(trainer, group)
-
-        def loss_fn(batch, count=count, size=size):
-            return twin(**batch, num_items_in_batch=count).loss * size
-
-        losses.append(by_hand.step(loss_fn, group))
+    losses = steps_by_hand(by_hand, twin, trainer, order, (3, 3, 2))
     assert same_bits(bits(model), bits(twin))
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, abs=1e-6)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from peft import LoraConfig
 from tiny import adapted, bits, llama, same_bits, tokens
-from tiny_trainer import PEFT_METHODS, batches_of, items
+from tiny_trainer import PEFT_METHODS, batches_of, steps_by_hand
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -115,15 +115,10 @@ def test_training_is_the_method_s_own(tmp_path, name):
     twin, before = adapted(ADAPTER, spread=False, layers=1), bits(model)
     twin.load_state_dict(model.state_dict())
     trainer.train()
-    order = order[:3]  # one more is read ahead
     trained = [p for p in twin.parameters() if p.requires_grad]
     by_hand = PEFT_METHODS[name](twin.train(), torch.optim.SGD(trained, lr=0.1), max_grad_norm=1.0)
-    count = items(trainer, order)
-
-    def loss_fn(batch):
-        return twin(**batch, num_items_in_batch=count).loss * 3
-
-    by_hand.step(loss_fn, order)
+    # One more micro-batch is read ahead.
+    steps_by_hand(by_hand, twin, trainer, order, (3,))
     after, expected = bits(model), bits(twin)
     for key, value in after.items():
         if "lora_" in key:
@@ -143,11 +138,7 @@ def test_galore_as_its_optimizer(tmp_path):
     order = batches_of(trainer)
     trainer.train()
     by_hand = GSAM(twin.train(), optimizers[1])
-    for group in order[:3], order[3:6]:
-        count = items(trainer, group)
-        by_hand.step(
-            lambda batch, count=count: twin(**batch, num_items_in_batch=count).loss * 3, group
-        )
+    steps_by_hand(by_hand, twin, trainer, order, (3, 3))
     moved = 0.0
     for found, expected, start in zip(
         *(m.parameters() for m in (model, twin, llama(layers=1))), strict=True

@@ -71,3 +71,18 @@ def is_base(name):
 def items(trainer, group):
     """The tokens of a step's micro-batches as the Trainer counts them, which versions differ in."""
     return trainer.get_batch_samples(iter(group), len(group), trainer.args.device)[1]
+
+
+def steps_by_hand(method, model, trainer, order, sizes):
+    """Losses of the method's steps on what the Trainer saw, in groups of these sizes."""
+    losses = []
+    for size in sizes:
+        group, order = order[:size], order[size:]
+        # The mean over the tokens of all micro-batches, as the Trainer takes it.
+        count = items(trainer, group)
+
+        def loss_fn(batch, count=count, size=size):
+            return model(**batch, num_items_in_batch=count).loss * size
+
+        losses.append(method.step(loss_fn, group))
+    return losses
